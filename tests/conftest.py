@@ -1,0 +1,16 @@
+"""Loads this checkout under the name `comfyui_wanflow`, whatever its folder is called.
+
+The root must not be on `sys.path`: its `nodes` would hide ComfyUI's module of that name.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "comfyui_wanflow"
+
+specification = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+package = importlib.util.module_from_spec(specification)
+sys.modules[NAME] = package
+specification.loader.exec_module(package)
