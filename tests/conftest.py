@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "comfyui_wanflow"
 
-specification = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+specification = importlib.util.spec_from_file_location(
+    NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+)
 package = importlib.util.module_from_spec(specification)
 sys.modules[NAME] = package
 specification.loader.exec_module(package)
