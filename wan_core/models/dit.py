@@ -1,0 +1,453 @@
+"""The diffusion transformer of Wan 2.1.
+
+Latent patches become tokens; every block attends over all of them, looks at the text, and passes a feed-forward
+network; the time step shifts, scales and gates each of the three. What the model variants add (images, control
+videos, cameras, references, VACE, motion speed) arrives through the six `Slots`, so that this file is the same for all.
+
+Module names are those of the published checkpoints (`diffusion_pytorch_model*.safetensors`).
+Source: Wan Team, "Wan: Open and Advanced Large-Scale Video Generative Models", arXiv 2503.20314, section 4.2; the
+adaptive modulation is DiT's (Peebles and Xie, arXiv 2212.09748), the rotary positions RoFormer's (arXiv 2104.09864).
+
+Types: positions, time and modulation are fp32, the tokens have the type named in `Run`, weights may have any.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ModelError
+from .attention import attention
+from .embedders import CameraAdapter, ImageEmbedding
+from .layers import Conv2d, Conv3d, LayerNorm, Linear, RMSNorm, widened
+
+LATENT_CHANNELS = 16
+PATCH = (1, 2, 2)  # frames, rows and columns of latents in one token
+HEAD_DIM = 128
+TEXT_ROWS = 512  # what the published models attend to: shorter texts are followed by zero rows
+EPS = 1e-6
+
+# What a model reads beside the latents, by its number of input channels, in the order of the channels.
+CONCAT = {
+    16: {},
+    32: {"image": 16},
+    36: {"mask": 4, "image": 16},
+    48: {"control": 16, "image": 16},
+}
+
+# Keys and shapes that only other families have, with the family's name.
+OTHER_FAMILIES = {
+    "casual_audio_encoder": "Wan 2.2 S2V",
+    "audio_injector": "Wan 2.2 S2V",
+    "face_adapter": "Wan 2.2 Animate",
+    "motion_encoder": "Wan 2.2 Animate",
+    "audio_proj": "an audio-driven Wan (MultiTalk, HuMo)",
+}
+
+
+@dataclass(frozen=True)
+class DiTLayout:
+    """Everything that distinguishes one DiT from another, read from its tensors."""
+
+    dim: int
+    ffn_dim: int
+    layers: int
+    heads: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    frequency_dim: int = 256
+    image_tokens: bool = False
+    image_positions: int = 0  # rows of img_emb.emb_pos, 0 where there is none
+    reference: bool = False  # ref_conv
+    camera_channels: int = 0  # of the rays that control_adapter takes, 0 where there is none
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple]) -> DiTLayout:
+        """The layout of a checkpoint in the published names; a `ModelError` names a model of another family."""
+        for prefix, family in OTHER_FAMILIES.items():
+            if any(key.startswith(prefix) for key in shapes):
+                raise ModelError(f"This is {family}, not a Wan 2.1 model: it has '{prefix}' weights. {LOAD_WAN21}")
+        missing = [key for key in ESSENTIAL if key not in shapes]
+        if missing:
+            raise ModelError(f"This is not a Wan 2.1 diffusion model: it has no '{missing[0]}'. {LOAD_WAN21}")
+        dim, in_dim = shapes["patch_embedding.weight"][:2]
+        layout = cls(
+            dim=dim,
+            ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+            layers=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+            heads=dim // HEAD_DIM,
+            in_dim=in_dim,
+            out_dim=shapes["head.head.weight"][0] // math.prod(PATCH),
+            text_dim=shapes["text_embedding.0.weight"][1],
+            frequency_dim=shapes["time_embedding.0.weight"][1],
+            image_tokens="blocks.0.cross_attn.k_img.weight" in shapes,
+            image_positions=shapes.get("img_emb.emb_pos", (1, 0))[1],
+            reference="ref_conv.weight" in shapes,
+            camera_channels=shapes.get("control_adapter.conv.weight", (0, 0))[1] // 64,
+        )
+        layout.check()
+        return layout
+
+    def check(self) -> None:
+        """Refuse, by name, the layouts that look alike but belong to Wan 2.2."""
+        if self.out_dim == 48:
+            raise ModelError(f"This is Wan 2.2 TI2V-5B (48 latent channels), not a Wan 2.1 model. {LOAD_WAN21}")
+        if self.in_dim == 52:
+            raise ModelError(f"This is Wan 2.2 Fun Control (in_dim 52), not a Wan 2.1 model. {LOAD_WAN21}")
+        if self.in_dim == 36 and not self.image_tokens:
+            raise ModelError(
+                f"This is Wan 2.2 I2V-A14B (in_dim 36 without image tokens), not a Wan 2.1 model. {LOAD_WAN21}"
+            )
+        if self.in_dim not in CONCAT or self.out_dim != LATENT_CHANNELS or self.dim % self.heads:
+            raise ModelError(
+                f"No Wan 2.1 model has {self.in_dim} input channels, {self.out_dim} output channels and "
+                f"width {self.dim} (a multiple of {HEAD_DIM} is needed). {LOAD_WAN21}"
+            )
+
+
+LOAD_WAN21 = "Load a Wan 2.1 diffusion model (T2V, I2V, FLF2V, Fun or VACE)."
+ESSENTIAL = (
+    "patch_embedding.weight", "text_embedding.0.weight", "time_embedding.0.weight", "blocks.0.ffn.0.weight",
+    "head.head.weight",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """All that a condition can add to the trunk. T counts the canvas's latent frames, P the prefix's, R references.
+
+    concat          name -> (b, c, P+T, h, w), beside the latents; which names, see `CONCAT`
+    embed_add       (b, dim, P+T, h/2, w/2), added to the embedded patches
+    prefix_tokens   (b, dim, R, h/2, w/2), whole embedded frames in front
+    context_prefix  (b, n, dim) image tokens, any n
+    time_add        (b, 6, dim), added to the blocks' modulation, not to the head's
+    block_residuals objects with `start(x, step, around) -> add(i, x)`
+    prefix_frames   (b, 16, P, h, w) clean latents of the frames in front; the sampler puts the noisy ones into x
+    """
+
+    concat: Mapping[str, Tensor] = field(default_factory=dict)
+    embed_add: Tensor | None = None
+    prefix_tokens: Tensor | None = None
+    context_prefix: Tensor | None = None
+    time_add: Tensor | None = None
+    block_residuals: tuple = ()
+    prefix_frames: Tensor | None = None
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]):
+        """The same slots with `function` applied to each tensor."""
+        changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, concat={name: function(value) for name, value in self.concat.items()}, **changed)
+
+    def rows(self, count: int):
+        """For a batch of `count`: one row serves all, b rows are repeated as a whole (as in merged guidance)."""
+
+        def fit(x: Tensor) -> Tensor:
+            if x.shape[0] == 1:
+                return x.expand(count, *x.shape[1:])
+            return x.repeat(count // x.shape[0], *[1] * (x.ndim - 1))
+
+        residuals = tuple(residual.rows(count) for residual in self.block_residuals)
+        return replace(self.map_tensors(fit), block_residuals=residuals)
+
+
+class Step(NamedTuple):
+    """What every block is given beside the tokens."""
+
+    text: Tensor  # (b, n, dim)
+    text_bias: Tensor | None  # (n,), log of how many equal rows each text row stands for
+    image: Tensor | None  # (b, m, dim)
+    modulation: Tensor  # (b, 6, dim) fp32
+    rope: Tensor  # (tokens, 1, head_dim / 2) complex64
+    attend: Callable[..., Tensor]
+
+
+def call(module: Callable, *args: Any) -> Any:
+    return module(*args)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What differs from call to call, so that handles which share a trunk never write to it.
+
+    `around(module, *args)` calls a module: checkpointing and offload take its place. `body(advance, x)` takes the
+    tokens through all blocks by `advance(x)`: a cache may leave that out.
+    """
+
+    compute_dtype: torch.dtype = torch.float32
+    attention: str = "auto"
+    around: Callable = call
+    body: Callable = call
+
+
+def sinusoid(positions: Tensor, dim: int) -> Tensor:
+    """(b,) -> (b, dim): cosines, then sines, of frequencies from 1 down to 1/10000; taken in fp64, given in fp32."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim // 2))
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+@functools.lru_cache(maxsize=4)
+def rope_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    """Rotations of a grid's tokens, (frames * height * width, 1, head_dim / 2) complex64.
+
+    The first pairs of a head turn with the frame, the others with the row and the column (44 + 42 + 42 of 128).
+    """
+    space = head_dim // 6 * 2
+    widths = (head_dim - 2 * space, space, space)
+    with torch.inference_mode(False):  # the table outlives this call, and training must be able to use it
+        angles = [
+            torch.outer(torch.arange(n, dtype=torch.float64), 10000.0 ** -(torch.arange(0, d, 2).double() / d))
+            for n, d in zip((frames, height, width), widths, strict=True)
+        ]
+        grid = torch.cat(
+            [
+                angles[0][:, None, None].expand(-1, height, width, -1),
+                angles[1][None, :, None].expand(frames, -1, width, -1),
+                angles[2][None, None, :].expand(frames, height, -1, -1),
+            ],
+            dim=-1,
+        ).reshape(frames * height * width, 1, head_dim // 2)
+        return torch.polar(torch.ones_like(grid), grid).to(torch.complex64).to(device)
+
+
+def rope(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the adjacent pairs of (b, n, heads, head_dim) by the table, in fp32. Writes over an fp32 `x`."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(table)).flatten(-2).to(x.dtype)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm (b, n, dim) without weights, then times 1 + scale, plus shift, each (b or 1, 1, dim)."""
+    scale, shift = (1 + scale).to(x.dtype), shift.to(x.dtype)
+    if scale.shape[0] == 1:  # one pass: the norm's own weights do it
+        return F.layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), EPS)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), scale)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y. Without autograd the sum takes the place of `y`."""
+    return torch.addcmul(x, y, gate.to(x.dtype), out=None if torch.is_grad_enabled() else y)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        # (b, n, dim) -> (b, n, heads, head_dim); the norm runs over all heads at once
+        q = rope(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), step.rope)
+        k = rope(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), step.rope)
+        v = self.v(x).unflatten(-1, (self.heads, -1))
+        return self.o(step.attend(q, k, v).flatten(-2))
+
+
+class CrossAttention(SelfAttention):
+    """Queries from the video, keys and values from the text."""
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        return self.o(self.look(q, step).flatten(-2))
+
+    def look(self, q: Tensor, step: Step) -> Tensor:
+        """(b, n, heads, head_dim) of queries -> what they find, in the same shape."""
+        k = self.norm_k(self.k(step.text)).unflatten(-1, (self.heads, -1))
+        v = self.v(step.text).unflatten(-1, (self.heads, -1))
+        return attention(q, k, v, step.text_bias)
+
+
+class ImageCrossAttention(CrossAttention):
+    """Looks at the image tokens too, with keys and values of their own."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dim, heads)
+        self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
+        self.norm_k_img = RMSNorm(dim, EPS)
+
+    def look(self, q: Tensor, step: Step) -> Tensor:
+        k = self.norm_k_img(self.k_img(step.image)).unflatten(-1, (self.heads, -1))
+        v = self.v_img(step.image).unflatten(-1, (self.heads, -1))
+        return super().look(q, step) + attention(q, k, v)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, ffn_dim: int, heads: int, image_tokens: bool = False):
+        super().__init__()
+        self.self_attn = SelfAttention(dim, heads)
+        self.cross_attn = (ImageCrossAttention if image_tokens else CrossAttention)(dim, heads)
+        self.norm3 = LayerNorm(dim, EPS)
+        self.ffn = nn.Sequential(Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        # six of (b, 1, dim): shift, scale and gate of the self-attention, then of the feed-forward network
+        rows = (self.modulation.float() + step.modulation).split(1, dim=1)
+        x = gated_add(x, self.self_attn(modulated_norm(x, *rows[:2]), step), rows[2])
+        x = x + self.cross_attn(self.norm3(x), step)
+        return gated_add(x, self.ffn(modulated_norm(x, *rows[3:5])), rows[5])
+
+
+class PatchEmbedding(Conv3d):
+    """(b, c, t, h, w) -> (b, t, h/2, w/2, dim). Patches do not overlap, so the convolution is one matrix product."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__(in_dim, dim, PATCH, PATCH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, t, h, w = x.shape
+        patches = x.reshape(b, c, t, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
+        return F.linear(patches, widened(self.weight, x).flatten(1), widened(self.bias, x))
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.head = Linear(dim, out_dim * math.prod(PATCH))
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time[:, None]).split(1, dim=1)
+        return self.head(modulated_norm(x, shift, scale))
+
+
+def split_padding(text: Tensor) -> tuple[Tensor, int]:
+    """(b, L, c) -> its rows up to the last that is not zero anywhere in the batch, and how many zero rows follow.
+
+    The published models look at 512 rows, so a shorter text counts as followed by zeros up to there.
+    """
+    used = torch.linalg.vector_norm(text, dim=-1).amax(dim=0).nonzero()
+    length = int(used[-1]) + 1 if len(used) else 0
+    return text[:, :length], max(TEXT_ROWS, text.shape[1]) - length
+
+
+def pad_text(text: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The text rows to embed, and the bias (rows,) for their attention scores.
+
+    Zero rows become equal tokens, and n equal tokens draw exactly the attention of one whose score is higher by
+    log n. On a CPU that one takes their place; graphics cards' fastest kernels know no bias, so there all are kept.
+    """
+    if text.device.type != "cpu":
+        return F.pad(text, (0, 0, 0, max(0, TEXT_ROWS - text.shape[1]))), None
+    text, zeros = split_padding(text)
+    if not zeros:
+        return text, None
+    bias = torch.zeros(text.shape[1] + 1)
+    bias[-1] = math.log(zeros)
+    return F.pad(text, (0, 0, 0, 1)), bias
+
+
+class DiT(nn.Module):
+    def __init__(self, layout: DiTLayout):
+        super().__init__()
+        self.layout = layout
+        dim = layout.dim
+        self.patch_embedding = PatchEmbedding(layout.in_dim, dim)
+        self.text_embedding = nn.Sequential(Linear(layout.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(layout.frequency_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, dim * 6))
+        self.blocks = nn.ModuleList(
+            Block(dim, layout.ffn_dim, layout.heads, layout.image_tokens) for _ in range(layout.layers)
+        )
+        self.head = Head(dim, layout.out_dim)
+        if layout.image_tokens:
+            self.img_emb = ImageEmbedding(dim, layout.image_positions)
+        if layout.reference:
+            self.ref_conv = Conv2d(LATENT_CHANNELS, dim, PATCH[1:], PATCH[1:])
+        if layout.camera_channels:
+            self.control_adapter = CameraAdapter(layout.camera_channels, dim)
+        if not self.head.modulation.is_meta:
+            self.initialise()
+
+    def initialise(self) -> None:
+        """Random weights to train from, drawn from torch's global generator as the paper's code draws them."""
+        for module in self.modules():
+            if isinstance(module, (Linear, PatchEmbedding)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, (Block, Head)):
+                nn.init.normal_(module.modulation, std=self.layout.dim**-0.5)
+        for layer in (*self.text_embedding, *self.time_embedding):
+            if isinstance(layer, Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, text: Tensor, injection: Slots | None = None, run: Run | None = None
+    ) -> Tensor:
+        """Predict the velocity (noise - clean) of noisy latents.
+
+        x (b, 16, P+T, h, w) fp32, h and w even; timestep (b,) or (1,), 0..1000, fp32; text (b, L, text_dim), zero after
+        its real length; injection: filled (see adapters/injection.py), may be left out for text to video.
+        -> (b, 16, P+T, h, w) fp32
+        """
+        run = run or Run()
+        slots = (injection or Slots()).rows(x.shape[0])
+        dtype = run.compute_dtype
+
+        time = self.time_embedding(sinusoid(timestep, self.layout.frequency_dim))  # (b, dim)
+        modulation = add(self.time_projection(time).unflatten(1, (6, -1)), slots.time_add)
+
+        rows, text_bias = pad_text(text)
+        x = torch.cat([x, *self.beside(slots.concat)], dim=1).to(dtype)
+        x = add(self.patch_embedding(x), channels_last(slots.embed_add))  # (b, f, h/2, w/2, dim)
+        x = prepend(channels_last(slots.prefix_tokens), x)
+        grid = x.shape[1:4]
+        step = Step(
+            text=self.text_embedding(rows.to(dtype)),
+            text_bias=text_bias,
+            image=None if slots.context_prefix is None else slots.context_prefix.to(dtype),
+            modulation=modulation,
+            rope=rope_table(*grid, self.layout.dim // self.layout.heads, x.device),
+            attend=functools.partial(attention, backend=run.attention),
+        )
+        x = run.body(functools.partial(self.advance, step=step, slots=slots, around=run.around), x.flatten(1, 3))
+        x = self.head(x, time).unflatten(1, grid)
+        references = 0 if slots.prefix_tokens is None else slots.prefix_tokens.shape[2]
+        return unpatchify(x[:, references:]).float()
+
+    def beside(self, concat: Mapping[str, Tensor]) -> list[Tensor]:
+        """The concatenated inputs in this model's order; a `ModelError` where one is missing or not known here."""
+        wanted = CONCAT[self.layout.in_dim]
+        if set(wanted) != set(concat):
+            raise ModelError(
+                f"This model (in_dim {self.layout.in_dim}) reads {' + '.join(wanted) or 'nothing'} beside the latents, "
+                f"but was given {' + '.join(concat) or 'nothing'}. Add the conditions it needs, or load another model."
+            )
+        return [concat[name] for name in wanted]
+
+    def advance(self, x: Tensor, step: Step, slots: Slots, around: Callable) -> Tensor:
+        """Tokens (b, n, dim) through all blocks."""
+        residuals = [residual.start(x, step, around) for residual in slots.block_residuals]
+        for i, block in enumerate(self.blocks):
+            x = around(block, x, step)
+            for residual in residuals:
+                x = residual(i, x)
+        return x
+
+
+def channels_last(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.movedim(1, -1)
+
+
+def add(x: Tensor, extra: Tensor | None) -> Tensor:
+    return x if extra is None else x + extra.to(x.dtype)
+
+
+def prepend(front: Tensor | None, x: Tensor) -> Tensor:
+    return x if front is None else torch.cat([front.to(x.dtype), x], dim=1)
+
+
+def unpatchify(x: Tensor) -> Tensor:
+    """(b, t, h/2, w/2, 4c) -> (b, c, t, h, w); a token holds its two rows of two columns of c channels."""
+    b, t, h, w, _ = x.shape
+    return x.reshape(b, t, h, w, 2, 2, -1).permute(0, 6, 1, 2, 4, 3, 5).reshape(b, -1, t, h * 2, w * 2)

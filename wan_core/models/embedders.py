@@ -1,0 +1,60 @@
+"""Small networks beside the trunk whose weights are part of the published DiT files.
+
+They turn what a user gives into what the trunk's slots take: image features into context tokens, camera rays into
+something to add to the patches. Conditions call them; the trunk's forward never does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import Conv2d, LayerNorm, Linear
+
+IMAGE_FEATURES = 1280  # width of the CLIP ViT-H features
+CAMERA_FOLD = 8  # rays come in pixels, eight to a latent position
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP features (b, n, 1280) -> context tokens (b, n, dim). First / last frame models also tell positions apart."""
+
+    def __init__(self, dim: int, positions: int = 0):
+        super().__init__()
+        self.proj = nn.Sequential(
+            LayerNorm(IMAGE_FEATURES), Linear(IMAGE_FEATURES, IMAGE_FEATURES), nn.GELU(),
+            Linear(IMAGE_FEATURES, dim), LayerNorm(dim),
+        )  # fmt: skip
+        self.emb_pos = nn.Parameter(torch.zeros(1, positions, IMAGE_FEATURES)) if positions else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.emb_pos is not None:
+            features = features + self.emb_pos[:, : features.shape[1]].to(features.dtype)
+        return self.proj(features)
+
+
+class ResidualConvolution(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv1 = Conv2d(dim, dim, 3, padding=1)
+        self.conv2 = Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class CameraAdapter(nn.Module):
+    """Pluecker rays (b, channels, T, 8h, 8w) -> (b, dim, T, h/2, w/2), one value a patch."""
+
+    def __init__(self, channels: int, dim: int):
+        super().__init__()
+        self.conv = Conv2d(channels * CAMERA_FOLD**2, dim, 2, stride=2)
+        self.residual_blocks = nn.ModuleList([ResidualConvolution(dim)])
+
+    def forward(self, rays: Tensor) -> Tensor:
+        b, _, t, _, _ = rays.shape
+        x = F.pixel_unshuffle(rays.transpose(1, 2).flatten(0, 1), CAMERA_FOLD)  # (bT, 64c, h, w)
+        x = self.conv(x)
+        for block in self.residual_blocks:
+            x = block(x)
+        return x.unflatten(0, (b, t)).transpose(1, 2)
