@@ -1,0 +1,1 @@
+"""Runs API-format workflows without ComfyUI."""

@@ -1,0 +1,197 @@
+"""The `wanflow` command. Results go to stdout, all else to stderr; torch is imported only when nodes are needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ...wan_core.errors import WanError
+from ..host.standalone import Interrupted, host
+from .validate import WorkflowError, check_structure, choices, describe, nearest
+
+PACKAGE = Path(__file__).resolve().parents[2]
+EXAMPLES = Path("example_workflows", "api")
+
+OK, ERROR, INVALID, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit status is 0, 1 for an error, 2 for an invalid workflow, 130 after ctrl-C."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except WorkflowError as error:
+        complain("This cannot run:", *(f"  - {problem}" for problem in error.problems))
+        return INVALID
+    except WanError as error:
+        complain(str(error))
+        return ERROR
+    except (Interrupted, KeyboardInterrupt):
+        complain("Stopped.")
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="wanflow", description="Wan 2.1 video models without ComfyUI.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a workflow", description="Run a workflow exported with "
+                              "ComfyUI's Workflow > Export (API). Prints the path of each file it saves.")
+    run.add_argument("workflow", help="a file, or the name of a workflow that comes with WanFlow, such as quickstart")
+    run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",
+                     help="replace a value; NODE is an id, a title or a node name (repeatable)")
+    run.add_argument("--models-dir", type=Path, metavar="FOLDER", help="where the model folders are (./models)")
+    run.add_argument("--input-dir", type=Path, metavar="FOLDER", help="where images and videos are read (./input)")
+    run.add_argument("--output-dir", type=Path, metavar="FOLDER", help="where results go (./output)")
+    run.add_argument("--quiet", action="store_true", help="show nothing but the paths and errors")
+    run.set_defaults(command=run_command)
+
+    nodes = commands.add_parser("nodes", help="list the nodes, or show one with its inputs")
+    nodes.add_argument("node", nargs="?", help="a node's name, such as WanFlowSampler")
+    nodes.set_defaults(command=nodes_command)
+    return top
+
+
+def run_command(options: argparse.Namespace) -> int:
+    host.models_dir = options.models_dir or host.models_dir
+    host.input_directory = options.input_dir or host.input_directory
+    host.output_directory = options.output_dir or host.output_directory
+    host.quiet = options.quiet
+    workflow = read_workflow(find_workflow(options.workflow))
+    check_structure(workflow)
+    from .runner import NodeError
+
+    runner = all_nodes_runner()
+    apply_settings(workflow, options.settings, runner.infos())
+    stop_on_interrupt()
+    try:
+        files = runner.run(workflow).files
+    except NodeError as error:
+        if not isinstance(error.__cause__, WanError):  # not foreseen, so whoever mends it needs to know where
+            traceback.print_exception(error.__cause__)
+        complain(str(error))
+        return ERROR
+    for path in files:
+        print(path, flush=True)
+    return OK
+
+
+def nodes_command(options: argparse.Namespace) -> int:
+    infos = all_nodes_runner().infos()
+    if options.node is None:
+        width = max(map(len, infos))
+        for name, info in infos.items():
+            print(f"{name:{width}}  {info['display_name']}")
+        return OK
+    if options.node not in infos:
+        complain(f"There is no node {options.node!r}{nearest(options.node, infos)}. `wanflow nodes` lists all of them.")
+        return ERROR
+    print("\n".join(node_page(infos[options.node])))
+    return OK
+
+
+def all_nodes_runner() -> Any:
+    """A runner that knows our nodes and the stand-ins."""
+    from .. import node_classes
+    from . import core_nodes
+    from .runner import Runner
+
+    return Runner([*node_classes(), *core_nodes.NODES], host)
+
+
+def node_page(info: dict[str, Any]) -> list[str]:
+    """A node's inputs and outputs, as lines."""
+    lines = [f"{info['name']}: {info['display_name']} ({info['category']})", info["description"], ""]
+    for group in ("required", "optional"):
+        for name, spec in info["input"].get(group, {}).items():
+            default = f", default {spec[1]['default']!r}" if "default" in spec[1] else ""
+            mark = "" if group == "required" else ", optional"
+            lines.append(f"  {name}: {describe(spec)}{default}{mark}. {spec[1].get('tooltip', '')}".rstrip())
+    lines += [f"  -> {name}: {kind}" for name, kind in zip(info["output_name"], info["output"], strict=True)]
+    return lines
+
+
+def find_workflow(name: str) -> Path:
+    """The workflow's file: below the working directory, else among those installed with the package."""
+    for root in (Path(), PACKAGE):
+        for path in (root / name, root / f"{name}.json", root / EXAMPLES / name, root / EXAMPLES / f"{name}.json"):
+            if path.is_file():
+                return path
+    known = sorted(path.stem for path in (PACKAGE / EXAMPLES).glob("*.json"))
+    raise WorkflowError([f"There is no workflow {name!r} here{nearest(name, known)}. Those that come with WanFlow: "
+                         f"{', '.join(known) or 'none'}."])
+
+
+def read_workflow(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WorkflowError([f"{path} is not JSON: {error}."]) from error
+
+
+def apply_settings(workflow: Any, settings: list[str], infos: dict[str, dict]) -> None:
+    """Put each `NODE.INPUT=VALUE` into the workflow; raises WorkflowError with all that do not fit."""
+    problems = []
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        node_name, dot, input_name = target.rpartition(".")
+        if not (equals and dot and node_name and input_name):
+            problems.append(f"--set {setting}: write NODE.INPUT=VALUE, such as 5.seed=7.")
+            continue
+        found = find_nodes(workflow, node_name)
+        if len(found) != 1:
+            known = ", ".join(f"{id} ({node['class_type']})" for id, node in workflow.items())
+            several = f"is the name of the nodes {' and '.join(found)}; use an id"
+            problems.append(f"--set {setting}: {node_name!r} {several if found else f'is no node. There are {known}'}.")
+            continue
+        node = workflow[found[0]]
+        groups = infos.get(node["class_type"], {}).get("input", {})
+        spec = {**groups.get("required", {}), **groups.get("optional", {})}.get(input_name)
+        node.setdefault("inputs", {})[input_name] = parse_value(text, spec)
+    if problems:
+        raise WorkflowError(problems)
+
+
+def find_nodes(workflow: dict[str, dict], name: str) -> list[str]:
+    """Ids of the nodes called `name`: by id, else by title or class."""
+    if name in workflow:
+        return [name]
+    return [id for id, node in workflow.items() if name in (node["class_type"], node.get("_meta", {}).get("title"))]
+
+
+def parse_value(text: str, spec: Any) -> Any:
+    """The text of a `--set` as the input's type wants it; what does not fit is left for validation to report."""
+    if spec is None or spec[0] in ("STRING", "INT", "FLOAT"):
+        return text
+    if spec[0] == "BOOLEAN":
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
+    if choices(spec) is not None:
+        return next((choice for choice in choices(spec) if str(choice) == text), text)
+    try:
+        return json.loads(text)  # a link: ["4", 0]
+    except json.JSONDecodeError:
+        return text
+
+
+def stop_on_interrupt() -> None:
+    """The first ctrl-C stops at the next step, where all is in order; the second at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        host.interrupted = True
+        complain("Stopping after this step; press ctrl-C again to stop at once.")
+
+    signal.signal(signal.SIGINT, handle)
+
+
+def complain(*lines: str) -> None:
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
