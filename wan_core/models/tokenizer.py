@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 import ftfy
+import sentencepiece
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -52,10 +54,8 @@ class JsonVocabulary:
     """A `tokenizer.json`, read by the `tokenizers` library."""
 
     def __init__(self, path: Path):
-        from tokenizers import Tokenizer as Library  # here, so that a spiece.model alone does not need it
-
         try:
-            self.library = Library.from_file(str(path))
+            self.library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
             raise FileError(f"{path} is not a readable tokenizer file ({error}). Download it again.") from error
         self.library.no_truncation()
@@ -73,13 +73,7 @@ class PieceVocabulary:
 
     def __init__(self, path: Path):
         try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError:
-            raise FileError(
-                f"Reading {path} needs the package sentencepiece. Install it, or put UMT5's tokenizer.json beside it."
-            ) from None
-        try:
-            self.library = SentencePieceProcessor(model_file=str(path))
+            self.library = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise FileError(f"{path} is not a readable SentencePiece model ({error}). Download it again.") from error
 
