@@ -1,0 +1,186 @@
+"""What is in a file, read from the names and shapes of its tensors, and the sentence when it is the wrong file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import FileError, ModelError
+from ..models.dit import DiTLayout
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """`kind` is one of KINDS, or "unknown", or "relative" for models that look like Wan 2.1.
+
+    `summary` completes "This is …" (a relative's is a whole sentence); `family` is filled for diffusion models.
+    """
+
+    kind: str
+    summary: str
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How messages speak of one kind of file. `node` is empty where no node takes such a file yet."""
+
+    noun: str
+    node: str
+    example: str
+
+
+KINDS = {
+    "dit": Kind("a Wan 2.1 diffusion model", "Load Wan Model", "diffusion_pytorch_model.safetensors"),
+    "text_encoder": Kind("a UMT5 text encoder", "Load Wan Text Encoder", "models_t5_umt5-xxl-enc-bf16.pth"),
+    "vae": Kind("a Wan 2.1 VAE", "Load Wan VAE", "Wan2.1_VAE.pth"),
+    "image_encoder": Kind(
+        "a CLIP image encoder", "", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    ),
+    "motion_controller": Kind("a motion speed controller", "", "model.safetensors"),
+    "vace_module": Kind("a VACE module", "", "Wan2_1-VACE_module_14B_bf16.safetensors"),
+    "lora": Kind("a LoRA", "", "my_lora.safetensors"),
+}  # fmt: skip
+
+# The channels read beside the latents tell the families apart; see also `_family`.
+FAMILIES = {16: "Text to Video", 36: "Image to Video or Fun InP", 48: "Fun Control", 32: "Fun Control-Camera"}
+
+# Other diffusion models: a part of a tensor's name, and what it is.
+STRANGERS = (
+    ("double_blocks.", "FLUX or HunyuanVideo"),
+    ("joint_blocks.", "Stable Diffusion 3"),
+    ("input_blocks.", "Stable Diffusion 1, 2 or XL"),
+)
+LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "lokr_w1", "hada_w1_a",
+              ".dora_scale")  # fmt: skip
+
+
+def identify(shapes: Shapes) -> Identity:
+    """What these tensors (published names) are."""
+    for test in TESTS:
+        if found := test(shapes):
+            return found
+    some = ", ".join(f"'{name}'" for name in list(shapes)[:3])
+    return Identity("unknown", f"an unknown kind of file ({len(shapes)} tensors, among them {some})")
+
+
+def expect(identity: Identity, kind: str, description: str) -> None:
+    """Raise FileError with a sentence that says what to do, unless the file is of this kind."""
+    if identity.kind == kind:
+        return
+    if identity.kind == "relative":
+        raise FileError(f"{description} cannot be used. {identity.summary}")
+    found, wanted = KINDS.get(identity.kind), KINDS[kind]
+    if found is None:
+        advice = ""
+    elif found.node:
+        advice = f"Load it with '{found.node}'. "
+    else:
+        advice = "This version of WanFlow cannot use it yet. "
+    raise FileError(
+        f"{description} is {identity.summary}. {advice}"
+        f"'{wanted.node}' needs {wanted.noun}, such as {wanted.example}."
+    )
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """How many numbered modules there are under a prefix."""
+    numbers = {name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)}
+    return len([number for number in numbers if number.isdigit()])
+
+
+def _lora(shapes: Shapes) -> Identity | None:
+    if any(part in name for name in shapes for part in LORA_PARTS) or any(n.endswith(".diff") for n in shapes):
+        return Identity("lora", f"a LoRA ({len(shapes)} tensors)")
+    return None
+
+
+def _stranger(shapes: Shapes) -> Identity | None:
+    for part, model in STRANGERS:
+        if any(part in name for name in shapes):
+            return Identity("unknown", f"not a Wan 2.1 model but {model}")
+    return None
+
+
+def _dit(shapes: Shapes) -> Identity | None:
+    if "patch_embedding.weight" not in shapes or "blocks.0.self_attn.q.weight" not in shapes:
+        return None
+    try:
+        layout = DiTLayout.from_shapes(shapes)
+    except ModelError as error:  # a look-alike, which the error names
+        return Identity("relative", str(error))
+    family = _family(layout, shapes)
+    return Identity("dit", f"a Wan 2.1 diffusion model ({family}, {layout.layers} layers, width {layout.dim})", family)
+
+
+def _family(layout: DiTLayout, shapes: Shapes) -> str:
+    if "vace_patch_embedding.weight" in shapes:
+        return "VACE"
+    if layout.image_positions:
+        return "First-Last-Frame to Video"
+    if layout.reference:
+        return "Fun V1.1 Control"
+    return FAMILIES[layout.in_dim]
+
+
+def _vace_module(shapes: Shapes) -> Identity | None:
+    if "vace_patch_embedding.weight" not in shapes:
+        return None
+    dim = shapes["vace_patch_embedding.weight"][0]
+    return Identity("vace_module", f"a VACE module without its base model ({_count(shapes, 'vace_blocks.')} blocks, "
+                                   f"width {dim})")  # fmt: skip
+
+
+def _text_encoder(shapes: Shapes) -> Identity | None:
+    if "blocks.0.attn.q.weight" not in shapes or "token_embedding.weight" not in shapes:
+        return None
+    layers, dim = _count(shapes, "blocks."), shapes["token_embedding.weight"][1]
+    tables = sum(name.endswith("pos_embedding.embedding.weight") for name in shapes)
+    if tables < layers:  # UMT5 has a position table in every layer, T5 in the first only
+        return Identity("unknown", f"a T5 text encoder ({layers} layers, width {dim}), not the UMT5 that Wan 2.1 needs")
+    return Identity("text_encoder", f"a UMT5 text encoder ({layers} layers, width {dim})")
+
+
+def _vae(shapes: Shapes) -> Identity | None:
+    if "decoder.22.bias" in shapes or "taesd.decoder.22.bias" in shapes:
+        return Identity("unknown", "a tiny preview VAE (TAE), not a full VAE")
+    if "decoder.mid_block.resnets.0.conv1.weight" in shapes or "decoder.mid.block_1.conv1.weight" in shapes:
+        return Identity("unknown", "a VAE in the layout of another model or program, which WanFlow cannot read yet")
+    latent = shapes.get("conv2.weight", ())
+    if len(latent) != 5 or "decoder.middle.0.residual.0.gamma" not in shapes:
+        return None
+    if latent[0] != 16:
+        return Identity("unknown", f"the VAE of Wan 2.2 ({latent[0]} latent channels instead of 16)")
+    if "encoder.conv1.weight" not in shapes:
+        return Identity("unknown", "a VAE decoder without its encoder")
+    return Identity("vae", f"a Wan 2.1 VAE (base width {shapes['encoder.conv1.weight'][0]})")
+
+
+def _image_encoder(shapes: Shapes) -> Identity | None:
+    for name in ("visual.cls_embedding", "cls_embedding", "vision_model.embeddings.class_embedding"):
+        if name in shapes:
+            return Identity("image_encoder", f"a CLIP image encoder (width {shapes[name][-1]})")
+    if any(name.startswith("text_model.") for name in shapes):
+        return Identity("unknown", "a CLIP text encoder, which Wan 2.1 does not use")
+    return None
+
+
+def _motion_controller(shapes: Shapes) -> Identity | None:
+    linears = [shapes.get(f"linear.{i}.weight", ()) for i in (0, 2, 4)]
+    if len(shapes) == 6 and all(len(shape) == 2 for shape in linears) and linears[2][0] == 6 * linears[0][0]:
+        return Identity("motion_controller", f"a motion speed controller (width {linears[0][0]})")
+    return None
+
+
+def _language_model(shapes: Shapes) -> Identity | None:
+    if "embed_tokens.weight" in shapes or "lm_head.weight" in shapes or "text_projection" in shapes:
+        return Identity("unknown", "a language model or text encoder of another kind, not the UMT5 that Wan 2.1 needs")
+    return None
+
+
+# In this order: a LoRA's names contain those of its base model.
+TESTS: tuple[Callable[[Shapes], Identity | None], ...] = (
+    _lora, _stranger, _dit, _vace_module, _text_encoder, _vae, _image_encoder, _motion_controller, _language_model,
+)  # fmt: skip

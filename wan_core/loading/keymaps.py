@@ -1,0 +1,117 @@
+"""Tables of tensor names: every layout seen in the wild, mapped to the names of the published checkpoint.
+
+The models use the published names, so the original files need no entry here. A new layout is one more `Layout`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+# Wrappers put these in front of every name when a model inside them is saved.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "_forward_module.", "module.", "model.")
+# Wrappers that sit anywhere in a name.
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# Training programs put the weights under one of these, best first.
+NESTINGS = ("generator_ema", "ema", "state_dict", "model_state", "model", "generator", "module")
+# Tensors that say something about a file and are weights of no module.
+MARKERS = ("scaled_fp8", "spiece_model", "model_type.", "log_scale")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Another program's names for the same tensors: `rules` are applied to each name in turn."""
+
+    name: str
+    marker: str  # a name that only this layout has
+    rules: tuple[tuple[str, str], ...]  # pairs of a regular expression and its replacement
+
+
+LAYOUTS = (
+    Layout(
+        "Diffusers",
+        "condition_embedder.time_proj.weight",
+        (
+            (r"\.attn1\.", ".self_attn."),
+            (r"\.attn2\.", ".cross_attn."),
+            (r"\.to_([qkv])\.", r".\1."),
+            (r"\.to_out\.0\.", ".o."),
+            (r"\.add_([kv])_proj\.", r".\1_img."),
+            (r"\.norm_added_k\.", ".norm_k_img."),
+            (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+            (r"\.ffn\.net\.2\.", ".ffn.2."),
+            # norm1 and norm3 of Diffusers carry no weights, its norm2 is the affine one before the cross-attention
+            (r"^((?:vace_)?blocks\.\d+)\.norm2\.", r"\1.norm3."),
+            (r"^((?:vace_)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
+            (r"^scale_shift_table$", "head.modulation"),
+            (r"^proj_out\.", "head.head."),
+            (r"^(vace_blocks\.\d+)\.proj_in\.", r"\1.before_proj."),
+            (r"^(vace_blocks\.\d+)\.proj_out\.", r"\1.after_proj."),
+            (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+            (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+            (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+            (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+            (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+            (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+            (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+            (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+            (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+            (r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
+        ),
+    ),
+    Layout(
+        "Hugging Face",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        (
+            (r"^shared\.", "token_embedding."),
+            (r"^encoder\.embed_tokens\.", "token_embedding."),  # a tied copy, where it is stored
+            (r"^encoder\.final_layer_norm\.", "norm."),
+            (r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.",
+             r"blocks.\1.pos_embedding.embedding."),
+            (r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
+            (r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
+            (r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
+            (r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"blocks.\1.ffn.gate.0."),
+            (r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
+            (r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"blocks.\1.ffn.fc2."),
+        ),
+    ),
+)  # fmt: skip
+
+
+def is_marker(name: str) -> bool:
+    return name.startswith(MARKERS)
+
+
+def strip_prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Name without its wrappers -> name in the file. A prefix counts only where every weight carries it."""
+    stripped = {name: name for name in names}
+    for wrapper in WRAPPERS:
+        stripped = {name.replace(wrapper, ""): stored for name, stored in stripped.items()}
+    while prefix := _common_prefix(stripped):
+        stripped = {name.removeprefix(prefix): stored for name, stored in stripped.items()}
+    return stripped
+
+
+def _common_prefix(names: Mapping[str, str]) -> str | None:
+    weights = [name for name in names if not is_marker(name)]
+    return next((p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None)
+
+
+def find_layout(names: Mapping[str, str]) -> Layout | None:
+    """The foreign layout these names are in; None means the published one, or something unknown."""
+    return next((layout for layout in LAYOUTS if layout.marker in names), None)
+
+
+def published_names(stored_names: Iterable[str]) -> dict[str, str]:
+    """Published name -> name in the file, for any known layout and prefix."""
+    stripped = strip_prefixes(stored_names)
+    layout = find_layout(stripped)
+    return {_rename(name, layout): stored for name, stored in stripped.items()} if layout else stripped
+
+
+def _rename(name: str, layout: Layout) -> str:
+    for pattern, replacement in layout.rules:
+        name = re.sub(pattern, replacement, name)
+    return name

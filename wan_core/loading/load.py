@@ -1,0 +1,154 @@
+"""Builds an engine from files: the architecture from the tensors' shapes, the weights straight from the mapped file.
+
+A module is built on the meta device and each of its parameters assigned a view of the file, so that loading takes no
+memory and hardly any time. Asked for another type, tensors are converted one by one: the file is never held twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..compute import compute_dtype, default_device
+from ..errors import FileError, InputError
+from ..model import WanModel, WanTextEncoder, WanVAE
+from ..models.attention import check_backend
+from ..models.dit import DiT, DiTLayout
+from ..models.text_encoder import UMT5Encoder, UMT5Layout
+from ..models.tokenizer import Tokenizer
+from ..models.vae import VideoVAE
+from ..offload.residency import Residency, is_matrix
+from . import catalog
+from .checkpoint import Checkpoint, open_checkpoint
+from .identify import expect, identify
+from .keymaps import is_marker
+from .sources import resolve, tokenizer_folder
+
+# "auto" keeps every tensor as it is stored; the others convert the matrices, not norms, biases and modulations.
+WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Source = str | os.PathLike | Iterable
+
+
+def load_model(
+    source: Source,
+    weight_dtype: str = "auto",
+    attention: str = "auto",
+    device: torch.device | str | None = None,
+    folders: Iterable[Path] = (),
+) -> WanModel:
+    """Load a diffusion model.
+
+    source: a path, a list of parts (or a text with one a line), a folder, a catalogued name, or "model_id:pattern".
+    folders: where to look for published models before any download.
+    Raises FileError or InputError in words for everything that can be wrong.
+    """
+    backend = check_backend(attention)
+    checkpoint = _open(source, "dit", folders)
+    if "vace_patch_embedding.weight" in checkpoint.shapes:
+        raise FileError(f"{checkpoint.description} is a VACE model, which this version cannot run. Load a T2V model.")
+    layout = DiTLayout.from_shapes(checkpoint.shapes)
+    module = build(lambda: DiT(layout), checkpoint, weight_dtype)
+    row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
+    extras = {"preset": row.preset} if row else {}
+    return WanModel(layout=layout, attention=backend, **extras, **_engine(module, source, checkpoint, device))
+
+
+def load_text_encoder(
+    source: Source,
+    weight_dtype: str = "auto",
+    device: torch.device | str | None = None,
+    folders: Iterable[Path] = (),
+) -> WanTextEncoder:
+    """Load a text encoder with its tokenizer; arguments and errors as for `load_model`."""
+    checkpoint = _open(source, "text_encoder", folders)
+    tokenizer = Tokenizer.open(tokenizer_folder(source, checkpoint.files, folders))
+    layout = UMT5Layout.from_shapes(checkpoint.shapes)
+    module = build(lambda: UMT5Encoder(layout), checkpoint, weight_dtype)
+    return WanTextEncoder(tokenizer=tokenizer, **_engine(module, source, checkpoint, device))
+
+
+def load_vae(
+    source: Source,
+    weight_dtype: str = "auto",
+    device: torch.device | str | None = None,
+    folders: Iterable[Path] = (),
+) -> WanVAE:
+    """Load a VAE; arguments and errors as for `load_model`."""
+    checkpoint = _open(source, "vae", folders)
+    width = checkpoint.shapes["encoder.conv1.weight"][0]
+    module = build(lambda: VideoVAE(width), checkpoint, weight_dtype)
+    return WanVAE(**_engine(module, source, checkpoint, device))
+
+
+def build(make: Callable[[], nn.Module], checkpoint: Checkpoint, weight_dtype: str = "auto") -> nn.Module:
+    """`make()` with the checkpoint's tensors as its parameters, frozen, in evaluation mode.
+
+    Raises FileError that names missing, unexpected or misshapen tensors; InputError for an unknown weight_dtype.
+    """
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise InputError(f"There is no weight_dtype '{weight_dtype}'. Choose one of {', '.join(WEIGHT_DTYPES)}.")
+    with torch.inference_mode(False), torch.device("meta"):
+        module = make()
+    _check_names({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, checkpoint)
+    with torch.inference_mode(False), torch.no_grad():
+        tensors = {
+            name: _converted(name, checkpoint.tensor(name), WEIGHT_DTYPES[weight_dtype]) for name in module.state_dict()
+        }
+        module.load_state_dict(tensors, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and is_matrix(name, tensor) else tensor
+
+
+def _open(source: Source, kind: str, folders: Iterable[Path]) -> Checkpoint:
+    checkpoint = open_checkpoint(resolve(source, kind, folders))
+    expect(identify(checkpoint.shapes), kind, checkpoint.description)
+    return checkpoint
+
+
+def _engine(module: nn.Module, source: Source, checkpoint: Checkpoint, device: torch.device | str | None) -> dict:
+    """The fields that all engines share."""
+    target = torch.device(device) if device is not None else default_device()
+    dtype = compute_dtype(target)
+    named = isinstance(source, str) and source in catalog.BY_NAME
+    return {
+        "module": module,
+        "name": source if named else checkpoint.files[0].stem,
+        "device": target,
+        "compute_dtype": dtype,
+        "residency": Residency(module, dtype),
+    }
+
+
+def _check_names(wanted: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+    found = checkpoint.shapes
+    scales = [name for name in found if name.endswith((".scale_weight", ".weight_scale", ".comfy_quant"))]
+    if scales:
+        raise FileError(
+            f"{checkpoint.description} holds weights quantised with scales ('{scales[0]}' and {len(scales) - 1} more), "
+            "which WanFlow cannot read yet. Take the bf16, fp16 or plain fp8 file of the same model."
+        )
+    problems = [
+        _some("lacks", [name for name in wanted if name not in found]),
+        _some("has the unknown", [name for name in found if name not in wanted and not is_marker(name)]),
+        _some("has other sizes in", [name for name in wanted if name in found and found[name] != wanted[name]]),
+    ]
+    if any(problems):
+        raise FileError(
+            f"{checkpoint.description} does not fit the model that its tensors describe: "
+            f"it {' and '.join(filter(None, problems))}. Take an unmodified file of the model."
+        )
+
+
+def _some(verb: str, names: list[str], shown: int = 5) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{verb} {', '.join(names[:shown])}{more}"

@@ -1,0 +1,86 @@
+"""From what a user names to files: a path, the parts of a checkpoint, a folder, a catalogued model, a model id."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import FileError
+from . import catalog
+from .catalog import Source
+from .checkpoint import open_checkpoint
+from .download import fetch
+from .identify import KINDS, identify
+from .shards import INDEX_SUFFIX, WEIGHT_SUFFIXES, group
+
+BUNDLED = Path(__file__).parents[1] / "tiny" / "weights"
+MODEL_ID = re.compile(r"^(?P<model_id>[\w.-]+/[\w.-]+):(?P<pattern>[^:\\]*)$")
+
+
+def resolve(source: str | os.PathLike | Iterable, kind: str, folders: Iterable[Path] = ()) -> list[Path]:
+    """The files of this kind (see identify.KINDS) that `source` names.
+
+    A text may hold several paths, one a line. `folders` are searched for published models before any download.
+    """
+    if isinstance(source, str):
+        parts = [line.strip().strip("\"'") for line in source.splitlines() if line.strip()]
+    else:
+        parts = [source] if isinstance(source, os.PathLike) else list(source)
+    if not parts:
+        raise FileError(f"No file was named. '{KINDS[kind].node}' needs {KINDS[kind].noun}.")
+    if len(parts) > 1:
+        return [Path(part) for part in parts]
+    return _resolve_one(parts[0], kind, folders)
+
+
+def tokenizer_folder(source: str | os.PathLike | Iterable, files: list[Path], folders: Iterable[Path] = ()) -> Path:
+    """The tokenizer that belongs to a text encoder: beside its files, else the one of its catalogue row.
+
+    Encoders from elsewhere get the published tokenizer, which all of them share.
+    """
+    parent = files[0].parent
+    for folder in (parent / "google" / "umt5-xxl", parent / "umt5-xxl", parent):
+        if (folder / "tokenizer.json").is_file() or (folder / "spiece.model").is_file():
+            return folder
+    row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
+    published = (row or catalog.BY_NAME["Wan2.1-T2V-1.3B"]).files["tokenizer"]
+    return located(published, folders)[0]
+
+
+def located(source: Source, folders: Iterable[Path]) -> list[Path]:
+    return fetch(source, folders) if source.model_id else [BUNDLED / source.pattern]
+
+
+def _resolve_one(part: str | os.PathLike, kind: str, folders: Iterable[Path]) -> list[Path]:
+    path = Path(part)
+    if path.is_dir():
+        return _pick(path, kind)
+    if path.exists():
+        return [path]
+    if match := MODEL_ID.match(str(part)):
+        found = fetch(Source(match["model_id"], match["pattern"]), folders)
+        return _pick(found[0], kind) if found[0].is_dir() else found
+    if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(INDEX_SUFFIX) or len(path.parts) > 1:
+        raise FileError(f"There is no file {path}. Check the path, or download the file again.")
+    return located(catalog.source_of(str(part), kind), folders)
+
+
+def _pick(folder: Path, kind: str) -> list[Path]:
+    """The one checkpoint of this kind in a folder."""
+    fitting, problems = [], []
+    for files in group(folder):
+        try:
+            if identify(open_checkpoint(files).shapes).kind == kind:
+                fitting.append(files)
+        except FileError as error:  # told only if nothing else fits: the broken file may be of another kind
+            problems.append(error)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(files[0].name for files in fitting)
+        raise FileError(f"{folder} holds {len(fitting)} files that fit ({names}). Give the path of one of them.")
+    if problems:
+        raise problems[0]
+    raise FileError(f"{folder} holds no {KINDS[kind].noun.removeprefix('a ')}, such as {KINDS[kind].example}.")
