@@ -1,0 +1,149 @@
+"""What conditions inject into the trunk, and how several of them add up.
+
+The sampler asks every `Condition` for an `Injection`, sums them, and fills what is left open with the model's neutral
+values: `sum(injections, Injection()).fill(neutral(trunk, canvas))`. Two conditions that want the same slot are refused.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InputError
+from ..models.dit import CONCAT, DiT, Slots, Step
+from ..models.embedders import IMAGE_FEATURES
+
+IMAGE_TOKENS = 257  # of one CLIP image: one for the whole, 16 x 16 for its parts
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The latent that is being made: (rows, 16, frames, height, width), in latent units."""
+
+    rows: int
+    frames: int
+    height: int
+    width: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+    def zeros(self, channels: int) -> Tensor:
+        """(1, channels, frames, height, width); one row serves every row of the batch."""
+        return torch.zeros(1, channels, self.frames, self.height, self.width, dtype=self.dtype, device=self.device)
+
+
+class Rank(IntEnum):
+    """Which of two image features the model looks at: the higher one."""
+
+    NEUTRAL = 0
+    IMAGE = 1
+    REFERENCE = 2
+
+
+class BlockResiduals(Protocol):
+    """Something that runs beside the trunk and adds to its tokens after some blocks (VACE)."""
+
+    def start(self, x: Tensor, step: Step, around: Callable) -> Callable[[int, Tensor], Tensor]:
+        """Called with the embedded tokens; the answer takes (block number, tokens) and gives the tokens."""
+
+    def rows(self, count: int) -> BlockResiduals:
+        """The same for a batch of `count` rows."""
+
+    def frames(self, start: int, stop: int) -> BlockResiduals:
+        """The same for the canvas's latent frames start..stop."""
+
+
+@dataclass(frozen=True, eq=False)
+class Injection(Slots):
+    """The trunk's slots, with the arithmetic of conditions. Before `fill`, per-frame slots have T frames."""
+
+    context_rank: Rank = Rank.NEUTRAL
+
+    def __add__(self, other: Injection) -> Injection:
+        """Both together; an `InputError` where they want the same slot."""
+        for name in self.concat.keys() & other.concat.keys():
+            raise clash(f"the {name} frames")
+        context = self.context_prefix, self.context_rank
+        if other.context_prefix is not None:
+            if context[0] is not None and self.context_rank == other.context_rank:
+                raise clash("the image features")
+            if context[0] is None or other.context_rank > self.context_rank:
+                context = other.context_prefix, other.context_rank
+        return Injection(
+            concat={**self.concat, **other.concat},
+            embed_add=either("the camera", self.embed_add, other.embed_add),
+            prefix_tokens=either("the reference image", self.prefix_tokens, other.prefix_tokens),
+            context_prefix=context[0],
+            context_rank=context[1],
+            time_add=either("the motion speed", self.time_add, other.time_add),
+            block_residuals=self.block_residuals + other.block_residuals,
+            prefix_frames=either("the frames in front", self.prefix_frames, other.prefix_frames),
+        )
+
+    @property
+    def prefix(self) -> int:
+        """P, how many frames stand in front of the canvas."""
+        return 0 if self.prefix_frames is None else self.prefix_frames.shape[2]
+
+    def fill(self, neutral: Injection) -> Injection:
+        """Complete: what no condition gave is neutral, and per-frame slots reach over the prefix (zeros there)."""
+
+        def reach(x: Tensor) -> Tensor:
+            return F.pad(x, (0, 0, 0, 0, self.prefix, 0))
+
+        filled = self if self.context_prefix is not None else replace(self, context_prefix=neutral.context_prefix)
+        return filled.map_frames(reach, {**neutral.concat, **self.concat})
+
+    def frames(self, start: int, stop: int) -> Injection:
+        """A filled injection for the canvas's frames start..stop alone; the prefix stays whole."""
+        prefix = self.prefix
+
+        def cut(x: Tensor) -> Tensor:
+            return torch.cat([x[:, :, :prefix], x[:, :, prefix + start : prefix + stop]], dim=2)
+
+        residuals = tuple(residual.frames(start, stop) for residual in self.block_residuals)
+        return replace(self.map_frames(cut, self.concat), block_residuals=residuals)
+
+    def map_frames(self, function: Callable[[Tensor], Tensor], concat: Mapping[str, Tensor]) -> Injection:
+        """With `function` applied to the slots that have a value for each frame, `concat` in place of its own."""
+        embed_add = None if self.embed_add is None else function(self.embed_add)
+        return replace(self, concat={name: function(x) for name, x in concat.items()}, embed_add=embed_add)
+
+
+def either(what: str, first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is not None and second is not None:
+        raise clash(what)
+    return second if first is None else first
+
+
+def clash(what: str) -> InputError:
+    return InputError(f"Two conditions both set {what}. The model takes one: remove one of the two nodes.")
+
+
+def total(injections: Iterable[Injection], neutral: Injection) -> Injection:
+    """All injections together, complete."""
+    return sum(injections, Injection()).fill(neutral)
+
+
+def neutral(trunk: DiT, canvas: Canvas) -> Injection:
+    """What the model was trained to see where nothing is given: zero frames beside the latents, a zero image."""
+    concat = {name: canvas.zeros(channels) for name, channels in CONCAT[trunk.layout.in_dim].items()}
+    if not trunk.layout.image_tokens:
+        return Injection(concat=concat)
+    features = torch.zeros(1, IMAGE_TOKENS, IMAGE_FEATURES, dtype=canvas.dtype, device=canvas.device)
+    return Injection(concat=concat, context_prefix=trunk.img_emb(features))
+
+
+class Condition(ABC):
+    """Something a user gives beside the text. Frozen, and free of modules: latents, features, rays, numbers."""
+
+    @abstractmethod
+    def inject(self, trunk: nn.Module, canvas: Canvas) -> Injection:
+        """Run the model's adapter on this condition; a `WanError` where model or sizes do not fit."""
