@@ -1,0 +1,226 @@
+"""The VAE: equal to diffusers and to recorded runs of the reference, in groups as a whole, in tiles, in any batch."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_wanflow.wan_core.errors import InputError, ModelError
+from comfyui_wanflow.wan_core.models.tiling import spans, tiles
+from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD, Memory, VideoVAE, frame_groups
+from safetensors.torch import load_file
+
+DATA = Path(__file__).parent / "data"
+
+
+def distance(got, wanted):
+    """Relative error: |got - wanted| / |wanted|."""
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(DATA / "golden" / "vae.safetensors")
+
+
+@pytest.fixture(scope="module")
+def vae(golden):
+    weights = {k.removeprefix("w."): v.float() for k, v in golden.items() if k.startswith("w.")}
+    vae = VideoVAE.from_shapes({k: tuple(v.shape) for k, v in weights.items()})
+    vae.load_state_dict(weights)
+    return vae.requires_grad_(False)
+
+
+def channel_constants():
+    return (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+
+
+# --- against the reference, recorded ---
+
+
+def test_encode_equals_the_reference(vae, golden):
+    mean, std = channel_constants()
+    assert distance((vae.encode(golden["in.video"]) - mean) / std, golden["out.latent"]) < 1e-6
+
+
+def test_decode_equals_the_reference(vae, golden):
+    mean, std = channel_constants()
+    latents = golden["out.latent"] * std + mean
+    assert distance(vae.decode_whole(latents), golden["out.decoded_raw"]) < 2e-6
+    assert distance(vae.decode(latents), golden["out.decoded_clamped"]) < 2e-6
+
+
+def test_tiles_equal_the_reference(vae, golden):
+    mean, std = channel_constants()
+    tiled = {"tiled": True, "tile_size": (4, 4), "tile_stride": (2, 2)}
+    assert distance((vae.encode(golden["in.video"], **tiled) - mean) / std, golden["out.latent_tiled_4_2"]) < 1e-6
+    assert distance(vae.decode(golden["out.latent"] * std + mean, **tiled), golden["out.decoded_tiled_4_2"]) < 2e-6
+
+
+# --- against diffusers, same random weights ---
+
+
+def diffusers_name(key: str) -> str:
+    """The name that diffusers gives to a published tensor."""
+    table = {
+        "conv1": "quant_conv", "conv2": "post_quant_conv",
+        "encoder.conv1": "encoder.conv_in", "decoder.conv1": "decoder.conv_in",
+        "encoder.head.0": "encoder.norm_out", "decoder.head.0": "decoder.norm_out",
+        "encoder.head.2": "encoder.conv_out", "decoder.head.2": "decoder.conv_out",
+    }  # fmt: skip
+    module, _, parameter = key.rpartition(".")
+    if module in table:
+        return f"{table[module]}.{parameter}"
+    side, part, index, *inner = module.split(".")
+    if inner and inner[0] == "residual":
+        inner = [{"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}[inner[1]]]
+    elif inner and inner[0] == "shortcut":
+        inner = ["conv_shortcut"]
+    if part == "middle":
+        block = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}[index]
+        path = f"{side}.mid_block.{block}"
+    elif part == "downsamples":
+        path = f"{side}.down_blocks.{index}"
+    else:  # three residual blocks and one upsampling a level
+        level, place = divmod(int(index), 4)
+        path = f"{side}.up_blocks.{level}." + ("upsamplers.0" if place == 3 else f"resnets.{place}")
+    return ".".join([path, *inner, parameter])
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """The same random network, ours and diffusers'."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKLWan(base_dim=16).requires_grad_(False)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith(("gamma", "bias")):  # ones and zeros would hide mistakes
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = VideoVAE(16).requires_grad_(False)
+    state = theirs.state_dict()
+    ours.load_state_dict({key: state.pop(diffusers_name(key)) for key in ours.state_dict()})
+    assert not state
+    return ours, theirs
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_encode_equals_diffusers(twins, frames):
+    ours, theirs = twins
+    pixels = torch.rand(2, 3, frames, 32, 48) * 2 - 1
+    wanted = theirs.encode(pixels).latent_dist.mean
+    assert distance(ours.encode(pixels), wanted) < 1e-5
+    assert distance(ours.encode_whole(pixels), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_decode_equals_diffusers_before_clamping(twins, groups):
+    ours, theirs = twins
+    latents = torch.randn(2, 16, groups, 4, 6)
+    # diffusers clamps inside; a decoder head of a hundredth never reaches the bounds
+    scale = 0.01
+    for conv in (ours.decoder.head[2], theirs.decoder.conv_out):
+        conv.weight.mul_(scale), conv.bias.mul_(scale)
+    wanted = theirs.decode(latents).sample
+    got = ours.decode_whole(latents)
+    for conv in (ours.decoder.head[2], theirs.decoder.conv_out):
+        conv.weight.div_(scale), conv.bias.div_(scale)
+    assert wanted.abs().max() < 1
+    assert distance(got, wanted) < 1e-5
+
+
+# --- groups, tiles, batches, types ---
+
+
+def test_groups_equal_the_whole(vae):
+    torch.manual_seed(1)
+    pixels, latents = torch.rand(1, 3, 13, 88, 96) * 2 - 1, torch.randn(1, 16, 4, 11, 12)
+    assert distance(vae.encode(pixels), vae.encode_whole(pixels)) < 1e-6
+    assert distance(vae.decode(latents), vae.decode_whole(latents).clamp(-1, 1)) < 1e-6
+
+
+def test_large_pictures_go_one_frame_at_a_time():
+    assert list(frame_groups(4, 10_000)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert list(frame_groups(7, 64)) == [(0, 1), (1, 5), (5, 7)]
+
+
+def test_memory_does_not_grow_with_the_clip(vae):
+    """What the layers keep after 2 and after 6 groups has the same size, and no view holds a larger tensor."""
+
+    def kept(frames):
+        memory = Memory()
+        for _ in range(frames):
+            vae.decode_group(torch.zeros(1, 16, 1, 4, 4), memory)
+        return sum(t.untyped_storage().nbytes() for t in memory.frames.values())
+
+    assert kept(4) == kept(7)
+
+
+def test_a_batch_is_its_clips(vae):
+    torch.manual_seed(2)
+    pixels = torch.rand(3, 3, 5, 40, 48) * 2 - 1
+    tiled = {"tiled": True, "tile_size": (4, 4), "tile_stride": (3, 2)}
+    for options in ({}, tiled):
+        latents = vae.encode(pixels, **options)
+        alone = torch.cat([vae.encode(clip, **options) for clip in pixels.split(1)])
+        assert torch.equal(latents, alone)
+        assert vae.decode(latents, **options).shape == pixels.shape
+
+
+def test_one_tile_is_no_tile(vae):
+    latents = torch.randn(1, 16, 2, 6, 8)
+    assert torch.equal(vae.decode(latents, tiled=True), vae.decode(latents))
+
+
+def test_tiles_of_the_reference():
+    picked = tiles((60, 104), (30, 52), (15, 26))  # 480 x 832 with the defaults
+    assert len(picked) == 9
+    assert [(s.begin, s.end) for s in spans(50, 30, 15)] == [(0, 30), (15, 45), (30, 50)]
+    assert len(spans(30, 30, 15)) == 1
+
+
+def test_gaps_between_tiles_are_refused(vae):
+    with pytest.raises(InputError, match="tile_stride 31 does not go with tile_size 30 in height"):
+        vae.decode(torch.zeros(1, 16, 1, 4, 4), tiled=True, tile_stride=(31, 26))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 16, 16), (1, 3, 5, 20, 16)])
+def test_sizes_that_do_not_fit_are_refused(vae, shape):
+    with pytest.raises(InputError, match="4n[+]1 frames .* multiples of 8"):
+        vae.encode(torch.zeros(shape))
+
+
+def test_narrow_weights_compute_in_the_type_of_the_input(vae, golden):
+    narrow = VideoVAE(8).to(torch.bfloat16)  # the golden weights are bf16 values: nothing is lost
+    narrow.load_state_dict(vae.state_dict())
+    pixels = golden["in.video"]
+    assert torch.equal(narrow.encode(pixels), vae.encode(pixels))
+    assert narrow.decode(golden["out.latent"].bfloat16()).dtype == torch.float32
+
+
+def test_gradients_flow_through_the_whole_pass(golden):
+    torch.manual_seed(3)
+    vae = VideoVAE(8)
+    pixels = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    vae.decode_whole(vae.encode_whole(pixels)).square().mean().backward()
+    silent = [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not silent
+    # the latter half of conv1 makes the variance, which the mean does not see
+    assert all(p.grad.abs().max() > 0 for p in vae.parameters())
+
+
+# --- the published file ---
+
+
+def test_published_keys():
+    keys = json.loads((DATA / "wan21_key_manifest.json").read_text())["vae-2.1"]["keys"]
+    shapes = {name: tuple(shape) for name, (shape, _) in keys.items()}
+    with torch.device("meta"):
+        vae = VideoVAE.from_shapes(shapes)
+    assert {name: tuple(t.shape) for name, t in vae.state_dict().items()} == shapes
+
+
+def test_other_families_are_named():
+    with pytest.raises(ModelError, match="48 is Wan 2.2"):
+        VideoVAE.from_shapes({"encoder.conv1.weight": (160, 12, 3, 3, 3), "conv2.weight": (48, 48, 1, 1, 1)})
+    with pytest.raises(ModelError, match="published layout"):
+        VideoVAE.from_shapes({"encoder.conv_in.weight": (96, 3, 3, 3, 3)})
