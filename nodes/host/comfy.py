@@ -21,6 +21,7 @@ from comfy.cli_args import args
 from comfy_api.latest import ComfyExtension, io
 
 from ...wan_core.errors import FileError, InputError
+from ...wan_core.model import Engine
 from .patcher import patcher_of
 from .standalone import MODEL_ENDINGS, OutputFile
 
@@ -131,11 +132,10 @@ class ComfyHost:
         return comfy.model_management.intermediate_device()
 
     @contextmanager
-    def attached(self, engine: Any, memory_required: int = 0) -> Iterator[Any]:
-        """As the stand-in's, after ComfyUI has made room for the engine and for `memory_required` bytes of work space."""
-        patcher = patcher_of(engine, self.device(), comfy.model_management.unet_offload_device())
-        comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
-        with engine.attached(self.device()) as module:
+    def attached(self, engine: Engine, memory_required: int = 0) -> Iterator[torch.nn.Module]:
+        """As the stand-in's, after ComfyUI has made room for the engine and `memory_required` bytes of work space."""
+        comfy.model_management.load_models_gpu([patcher_of(engine)], memory_required=memory_required)
+        with engine.attached() as module:
             yield module
 
 
