@@ -1,0 +1,139 @@
+"""Writes the example workflows: `python -m comfyui_wanflow.example_workflows.build`.
+
+Each is written twice from one description: `api/<name>.json` for `wanflow run` and ComfyUI's queue, `<name>.json` with
+positions and wires for ComfyUI's editor, where it appears among the templates.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..nodes import node_classes
+from ..wan_core.loading import catalog
+
+FOLDER = Path(__file__).parent
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+COLUMN, GAP, WIDTH = 400, 60, 340  # of the editor's layout, pixels
+
+TOY_PROMPT = "a red circle moves left on a blue background"
+CAT_PROMPT = (
+    "A tabby cat walks along a garden wall in the morning sun, its tail upright, dew on the leaves behind it, "
+    "the camera follows at eye level, shallow depth of field."
+)
+
+
+def workflows() -> dict[str, dict[str, Any]]:
+    """Every example by name, in API format."""
+    return {
+        "quickstart": text_to_video("WanTiny-T2V", TOY_PROMPT, "quickstart"),
+        "text_to_video_1.3B": text_to_video("Wan2.1-T2V-1.3B", CAT_PROMPT, "WanFlow/text_to_video"),
+        "text_to_video_14B": text_to_video("Wan2.1-T2V-14B", CAT_PROMPT, "WanFlow/text_to_video"),
+    }
+
+
+def text_to_video(model: str, prompt: str, prefix: str) -> dict[str, Any]:
+    row = catalog.BY_NAME[model]
+    preset = row.preset
+    size = {"width": preset.width, "height": preset.height, "num_frames": preset.num_frames}
+    return {
+        "1": node("LoadModel", "Load Wan Model", model=model, weight_dtype="auto", attention="auto"),
+        "2": node("LoadTextEncoder", "Load Wan Text Encoder", text_encoder=shared(row, "text_encoder"),
+                  weight_dtype="auto"),
+        "3": node("LoadVAE", "Load Wan VAE", vae=shared(row, "vae"), weight_dtype="auto"),
+        "4": node("TextEncode", "Prompt", text_encoder=["2", 0], text=prompt),
+        "5": node("TextEncode", "Negative Prompt", text_encoder=["2", 0], text=preset.negative_prompt),
+        "6": node("EmptyLatent", "Empty Wan Latent", **size, batch_size=1),
+        "7": node("Sampler", "Wan Sampler", model=["1", 0], positive=["4", 0], latent=["6", 0], seed=42,
+                  rand_device="cpu", steps=preset.steps, cfg=preset.cfg, cfg_merge=False, shift=preset.shift,
+                  scheduler="euler", denoise=1.0, negative=["5", 0]),
+        "8": node("VAEDecode", "Wan VAE Decode", vae=["3", 0], latent=["7", 0], tiled=False, tile_size="30x52",
+                  tile_stride="15x26"),
+        "9": node("SaveVideo", "Save Wan Video", images=["8", 0], filename_prefix=prefix,
+                  frame_rate=float(preset.fps), format="mp4", quality=8),
+    }  # fmt: skip
+
+
+def node(kind: str, title: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": f"WanFlow{kind}", "inputs": inputs, "_meta": {"title": title}}
+
+
+def shared(row: catalog.Row, kind: str) -> str:
+    """The name under which the menus offer this model's file: that of the first model that has the same."""
+    return next(name for name in catalog.names(kind) if catalog.BY_NAME[name].files[kind] == row.files[kind])
+
+
+# ---------------------------------------------------------------- the editor's format
+
+
+def editor_graph(workflow: dict[str, Any], infos: dict[str, dict]) -> dict[str, Any]:
+    """The workflow as ComfyUI's editor stores it; `infos` are the nodes' entries of `/object_info`."""
+    depths = {id: depth(workflow, id) for id in workflow}
+    heights = dict.fromkeys(depths.values(), GAP)
+    nodes, links = [], []
+    for order, (id, entry) in enumerate(sorted(workflow.items(), key=lambda item: depths[item[0]])):
+        info = infos[entry["class_type"]]
+        drawn = editor_node(int(id), order, entry, info)
+        drawn["pos"] = [GAP + COLUMN * depths[id], heights[depths[id]]]
+        heights[depths[id]] += drawn["size"][1] + GAP
+        nodes.append(drawn)
+    by_id = {drawn["id"]: drawn for drawn in nodes}
+    for drawn in nodes:
+        for slot, socket in enumerate(drawn["inputs"]):
+            value = workflow[str(drawn["id"])]["inputs"].get(socket["name"])
+            if isinstance(value, list):
+                source = by_id[int(value[0])]["outputs"][value[1]]
+                socket["link"] = len(links) + 1
+                source["links"].append(socket["link"])
+                links.append([socket["link"], int(value[0]), value[1], drawn["id"], slot, source["type"]])
+    return {
+        "last_node_id": max(by_id), "last_link_id": len(links), "nodes": nodes, "links": links, "groups": [],
+        "config": {}, "extra": {}, "version": 0.4,
+    }  # fmt: skip
+
+
+def editor_node(id: int, order: int, entry: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    """One node, not yet placed or wired. Widget values are stored by position: required inputs, then optional ones."""
+    inputs = {name: spec for group in ("required", "optional") for name, spec in info["input"].get(group, {}).items()}
+    sockets, values, height = [], [], 40
+    for name, (kind, options) in inputs.items():
+        socket = {"name": name, "type": kind, "link": None}
+        height += 24
+        if kind in WIDGETS:
+            socket["widget"] = {"name": name}
+            values.append(entry["inputs"].get(name, options.get("default")))
+            if options.get("control_after_generate"):
+                values.append("fixed")
+            height += 80 if options.get("multiline") else 0
+        sockets.append(socket)
+    outputs = [
+        {"name": name, "type": kind, "links": []} for name, kind in zip(info["output_name"], info["output"], strict=True)
+    ]
+    return {
+        "id": id, "type": entry["class_type"], "title": entry["_meta"]["title"], "size": [WIDTH, height], "flags": {},
+        "order": order, "mode": 0, "inputs": sockets, "outputs": outputs,
+        "properties": {"Node name for S&R": entry["class_type"]}, "widgets_values": values,
+    }  # fmt: skip
+
+
+def depth(workflow: dict[str, Any], id: str) -> int:
+    """The longest way from a node without inputs, in wires."""
+    sources = [value[0] for value in workflow[id]["inputs"].values() if isinstance(value, list)]
+    return 1 + max((depth(workflow, source) for source in sources), default=-1)
+
+
+def files() -> dict[Path, str]:
+    """Every file to write, with its text."""
+    infos = {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in node_classes())}
+    texts = {}
+    for name, workflow in workflows().items():
+        texts[FOLDER / "api" / f"{name}.json"] = workflow
+        texts[FOLDER / f"{name}.json"] = editor_graph(workflow, infos)
+    return {path: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for path, content in texts.items()}
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)

@@ -1,0 +1,133 @@
+"""Menu WanFlow/loaders: a checkpoint, in any published layout, becomes an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..wan_core.loading import catalog
+from ..wan_core.loading.load import WEIGHT_DTYPES, load_model, load_text_encoder, load_vae
+from ..wan_core.models.attention import BACKENDS
+from .host import host, io
+from .wires import WanModel, WanTextEncoder, WanVAE
+
+WEIGHT_DTYPE_TOOLTIP = "How the weights are kept in memory. auto keeps the file's own type."
+FILES_TOOLTIP = (
+    "Overrides the choice above. A path, several paths (one shard a line), a folder, "
+    "or model_id:pattern, which is downloaded from ModelScope when it is not on this machine."
+)
+
+
+def offered(kind: str, folder: str) -> list[str]:
+    """The names to choose from: catalogued models first, then what lies in the host's folder."""
+    return list(dict.fromkeys([*catalog.names(kind), *host.model_files(folder)]))
+
+
+def chosen(folder: str, name: str, files: str) -> str | Path:
+    """What to load: `files` if there are any, else the catalogued model or the host's file called `name`."""
+    if files.strip():
+        return files
+    return name if name in catalog.BY_NAME else host.find_model(folder, name)
+
+
+def place(folder: str) -> dict:
+    """Where an engine computes, and where published models are looked for before any download."""
+    return {"device": host.device(), "folders": host.model_folders(folder)}
+
+
+def files_input() -> io.String.Input:
+    return io.String.Input("files", optional=True, default="", multiline=True, tooltip=FILES_TOOLTIP)
+
+
+def dtype_input() -> io.Combo.Input:
+    return io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="auto", tooltip=WEIGHT_DTYPE_TOOLTIP)
+
+
+class LoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowLoadModel",
+            display_name="Load Wan Model",
+            category="WanFlow/loaders",
+            description="Loads a Wan 2.1 diffusion model. Which variant it is, is read from the file's tensors.",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=offered("dit", "diffusion_models"),
+                    default="WanTiny-T2V",
+                    tooltip="A catalogued model or a file in models/diffusion_models. WanTiny is a built-in toy.",
+                ),
+                dtype_input(),
+                io.Combo.Input(
+                    "attention",
+                    options=list(BACKENDS),
+                    default="auto",
+                    tooltip="How attention is computed. auto takes the fastest one that works on this machine.",
+                ),
+                files_input(),
+            ],
+            outputs=[WanModel.Output(display_name="model", tooltip="For Wan Sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, weight_dtype, attention, files=""):
+        source = chosen("diffusion_models", model, files)
+        return io.NodeOutput(load_model(source, weight_dtype, attention, **place("diffusion_models")))
+
+
+class LoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowLoadTextEncoder",
+            display_name="Load Wan Text Encoder",
+            category="WanFlow/loaders",
+            description="Loads the UMT5 text encoder and its tokenizer.",
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder",
+                    options=offered("text_encoder", "text_encoders"),
+                    default="WanTiny-T2V",
+                    tooltip="The encoder of a catalogued model, or a file in models/text_encoders. "
+                    "WanTiny has its own; all other Wan 2.1 models share one.",
+                ),
+                dtype_input(),
+                files_input(),
+            ],
+            outputs=[WanTextEncoder.Output(display_name="text_encoder", tooltip="For Wan Prompt.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder, weight_dtype, files=""):
+        source = chosen("text_encoders", text_encoder, files)
+        return io.NodeOutput(load_text_encoder(source, weight_dtype, **place("text_encoders")))
+
+
+class LoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowLoadVAE",
+            display_name="Load Wan VAE",
+            category="WanFlow/loaders",
+            description="Loads the video VAE, which turns pictures into latents and back.",
+            inputs=[
+                io.Combo.Input(
+                    "vae",
+                    options=offered("vae", "vae"),
+                    default="WanTiny-T2V",
+                    tooltip="The VAE of a catalogued model, or a file in models/vae. "
+                    "WanTiny has its own; all other Wan 2.1 models share one.",
+                ),
+                dtype_input(),
+                files_input(),
+            ],
+            outputs=[WanVAE.Output(display_name="vae", tooltip="For Wan VAE Encode and Wan VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(cls, vae, weight_dtype, files=""):
+        return io.NodeOutput(load_vae(chosen("vae", vae, files), weight_dtype, **place("vae")))
+
+
+NODES = [LoadModel, LoadTextEncoder, LoadVAE]

@@ -1,0 +1,144 @@
+"""Menu WanFlow/sampling: the canvas and the sampler."""
+
+from __future__ import annotations
+
+import torch
+
+from ..wan_core.sampling.loop import Settings, sample
+from ..wan_core.sampling.schedules import SOLVERS
+from ..wan_core.size import latent_shape, snap_size
+from .host import host, io
+from .wires import WanConditions, WanModel, conditioning_text, latent_samples
+
+
+class EmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        side = {"min": 16, "max": 8192, "step": 16}
+        return io.Schema(
+            node_id="WanFlowEmptyLatent",
+            display_name="Empty Wan Latent",
+            category="WanFlow/sampling",
+            description="The canvas: it alone sets the size and the length of the video for the whole graph.",
+            inputs=[
+                io.Int.Input("width", default=832, **side, tooltip="Pixels; rounded up to a multiple of 16."),
+                io.Int.Input("height", default=480, **side, tooltip="Pixels; rounded up to a multiple of 16."),
+                io.Int.Input(
+                    "num_frames",
+                    default=81,
+                    min=1,
+                    max=4097,
+                    step=4,
+                    tooltip="Frames; rounded up to 4n+1. Wan makes 16 a second, and 81 is what it was trained on.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made in one run."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For latent of Wan Sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, width, height, num_frames, batch_size):
+        width, height, num_frames, note = snap_size(width, height, num_frames)
+        if note:
+            host.say(note)
+        samples = torch.zeros(latent_shape(width, height, num_frames, batch_size), device=host.intermediate_device())
+        return io.NodeOutput({"samples": samples})
+
+
+class Sampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowSampler",
+            display_name="Wan Sampler",
+            category="WanFlow/sampling",
+            description="Makes a video in latent space. With an encoded video as latent and denoise below 1, "
+            "it changes that video.",
+            inputs=[
+                WanModel.Input("model", tooltip="From Load Wan Model."),
+                io.Conditioning.Input(
+                    "positive", tooltip="What the video shows: Wan Prompt, or core's CLIP Text Encode."
+                ),
+                io.Latent.Input("latent", tooltip="Empty Wan Latent, or a video from Wan VAE Encode."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed and settings give the same video.",
+                ),
+                io.Combo.Input(
+                    "rand_device",
+                    options=["cpu", "cuda"],
+                    default="cpu",
+                    tooltip="Where the noise is drawn. cpu gives the same noise on every machine.",
+                ),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="More steps, finer result. WanTiny: 20."),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How strongly the prompt is followed. Exactly 1 needs no negative and takes half the time.",
+                ),
+                io.Boolean.Input(
+                    "cfg_merge",
+                    default=False,
+                    tooltip="Runs the positive and the negative prompt as one batch: sometimes faster, more memory.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=5.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Larger: more steps for the motion; smaller: for detail. Wan: 5; 480p image-to-video: 3.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(SOLVERS),
+                    default="euler",
+                    tooltip="How the steps are computed. unipc and dpm++ reach a given quality in fewer steps.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="How much of the latent is made anew. Below 1 only with a video from Wan VAE Encode.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What the video must not show. Needed unless cfg is exactly 1."
+                ),
+                WanConditions.Input("conditions", optional=True, tooltip="Images, control videos and the like."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For Wan VAE Decode, or core's VAE Decode.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, latent, seed, rand_device, steps, cfg, cfg_merge, shift, scheduler, denoise,
+        negative=None, conditions=(),
+    ):  # fmt: skip
+        settings = Settings(seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device)
+        samples = latent_samples(latent)
+        text = conditioning_text(positive, "positive")
+        negative_text = None if negative is None or cfg == 1 else conditioning_text(negative, "negative")
+        progress = host.progress(steps, cls.hidden.unique_id)
+
+        def on_step(step, steps, denoised):
+            progress.update(step + 1, denoised)
+
+        with host.attached(model):
+            result = sample(model, text, negative_text, samples, settings, conditions, on_step)
+        return io.NodeOutput({"samples": result.to(host.intermediate_device())})
+
+
+NODES = [EmptyLatent, Sampler]

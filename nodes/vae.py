@@ -1,0 +1,103 @@
+"""Menu WanFlow/vae: pictures become latents, and latents pictures."""
+
+from __future__ import annotations
+
+from ..wan_core.fit import FITS, fit_clip
+from ..wan_core.size import FRAMES_PER_LATENT, PIXELS_PER_LATENT, snap_size
+from .host import host, io
+from .wires import WanVAE, latent_samples, number_pair
+
+
+def tiling_inputs() -> list:
+    return [
+        io.Boolean.Input(
+            "tiled", default=False, tooltip="Works tile by tile: less memory, a little slower, faint seams at worst."
+        ),
+        io.String.Input(
+            "tile_size", default="30x52", tooltip="Height x width of a tile, in latent pixels of 8x8 pixels each."
+        ),
+        io.String.Input(
+            "tile_stride",
+            default="15x26",
+            tooltip="From one tile to the next, height x width; at most tile_size. The rest overlaps and is blended.",
+        ),
+    ]
+
+
+def tiling(tiled: bool, tile_size: str, tile_stride: str) -> dict:
+    size, stride = number_pair(tile_size, "tile_size"), number_pair(tile_stride, "tile_stride")
+    return {"tiled": tiled, "tile_size": size, "tile_stride": stride}
+
+
+class VAEEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowVAEEncode",
+            display_name="Wan VAE Encode",
+            category="WanFlow/vae",
+            description="Encodes a video, for example for Wan Sampler with denoise below 1.",
+            inputs=[
+                WanVAE.Input("vae", tooltip="From Load Wan VAE."),
+                io.Image.Input("images", tooltip="The frames. Size and length are fitted to what Wan can make."),
+                io.Combo.Input(
+                    "fit",
+                    options=list(FITS),
+                    default="cover",
+                    tooltip="If the size differs: cover cuts the overhang, contain adds black, stretch distorts.",
+                ),
+                *tiling_inputs(),
+                io.Latent.Input(
+                    "latent", optional=True, tooltip="Fit the images to this latent's size, length and batch."
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For latent of Wan Sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, vae, images, fit, tiled, tile_size, tile_stride, latent=None):
+        if latent is None:
+            batch, (frames, height, width) = 1, images.shape[:3]
+            width, height, frames, _ = snap_size(width, height, frames)
+        else:
+            batch, _, frames, height, width = latent_samples(latent).shape
+            frames = (frames - 1) * FRAMES_PER_LATENT + 1
+            height, width = height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
+        clip, note = fit_clip(images, width, height, frames, fit)
+        if note:
+            host.say(note)
+        pixels = clip.movedim(-1, 0)[None] * 2 - 1  # (F, H, W, 3) in 0..1 -> (1, 3, F, H, W) in -1..1
+        with host.attached(vae):
+            samples = vae.encode(pixels, **tiling(tiled, tile_size, tile_stride))  # (1, 16, T, h, w)
+        samples = samples.float().to(host.intermediate_device())
+        return io.NodeOutput({"samples": samples.repeat(batch, 1, 1, 1, 1)})
+
+
+class VAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowVAEDecode",
+            display_name="Wan VAE Decode",
+            category="WanFlow/vae",
+            description="Decodes a latent into frames. Several videos of a batch follow one another.",
+            inputs=[
+                WanVAE.Input("vae", tooltip="From Load Wan VAE."),
+                io.Latent.Input("latent", tooltip="From Wan Sampler, or core's KSampler with a Wan model."),
+                *tiling_inputs(),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The frames, for Save Wan Video or any image node.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, vae, latent, tiled, tile_size, tile_stride):
+        samples = latent_samples(latent)
+        with host.attached(vae):
+            pixels = vae.decode(samples, **tiling(tiled, tile_size, tile_stride))  # (b, 3, F, H, W) in -1..1
+        images = (pixels.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1).flatten(0, 1)  # (b * F, H, W, 3) in 0..1
+        return io.NodeOutput(images.to(host.intermediate_device()))
+
+
+NODES = [VAEEncode, VAEDecode]
