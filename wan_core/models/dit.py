@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ..errors import ModelError
 from .attention import attention
-from .embedders import CameraAdapter, ImageEmbedding
+from .embedders import CameraAdapter, ImageEmbedding, sinusoid
 from .layers import Conv2d, Conv3d, LayerNorm, Linear, RMSNorm, widened
 
 LATENT_CHANNELS = 16
@@ -104,7 +104,7 @@ class DiTLayout:
             raise ModelError(f"This is Wan 2.2 Fun Control (in_dim 52), not a Wan 2.1 model. {LOAD_WAN21}")
         if self.in_dim == 36 and not self.image_tokens:
             raise ModelError(
-                f"This is Wan 2.2 I2V-A14B (in_dim 36 without image tokens), not a Wan 2.1 model. {LOAD_WAN21}"
+                f"This is a Wan 2.2 A14B image model (in_dim 36, no image tokens), not a Wan 2.1 model. {LOAD_WAN21}"
             )
         if self.in_dim not in CONCAT or self.out_dim != LATENT_CHANNELS or self.dim % self.heads:
             raise ModelError(
@@ -185,13 +185,6 @@ class Run:
     attention: str = "auto"
     around: Callable = call
     body: Callable = call
-
-
-def sinusoid(positions: Tensor, dim: int) -> Tensor:
-    """(b,) -> (b, dim): cosines, then sines, of frequencies from 1 down to 1/10000; taken in fp64, given in fp32."""
-    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim // 2))
-    angles = positions.double()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
 @functools.lru_cache(maxsize=4)
@@ -392,13 +385,14 @@ class DiT(nn.Module):
         """
         run = run or Run()
         slots = (injection or Slots()).rows(x.shape[0])
+        self.check(slots)
         dtype = run.compute_dtype
 
         time = self.time_embedding(sinusoid(timestep, self.layout.frequency_dim))  # (b, dim)
         modulation = add(self.time_projection(time).unflatten(1, (6, -1)), slots.time_add)
 
         rows, text_bias = pad_text(text)
-        x = torch.cat([x, *self.beside(slots.concat)], dim=1).to(dtype)
+        x = torch.cat([x, *(slots.concat[name] for name in CONCAT[self.layout.in_dim])], dim=1).to(dtype)
         x = add(self.patch_embedding(x), channels_last(slots.embed_add))  # (b, f, h/2, w/2, dim)
         x = prepend(channels_last(slots.prefix_tokens), x)
         grid = x.shape[1:4]
@@ -415,15 +409,20 @@ class DiT(nn.Module):
         references = 0 if slots.prefix_tokens is None else slots.prefix_tokens.shape[2]
         return unpatchify(x[:, references:]).float()
 
-    def beside(self, concat: Mapping[str, Tensor]) -> list[Tensor]:
-        """The concatenated inputs in this model's order; a `ModelError` where one is missing or not known here."""
-        wanted = CONCAT[self.layout.in_dim]
-        if set(wanted) != set(concat):
+    def check(self, slots: Slots) -> None:
+        """A `ModelError` where this model needs an input that is not there, or does not know one that is."""
+        wanted, given = CONCAT[self.layout.in_dim], slots.concat
+        if set(wanted) != set(given):
             raise ModelError(
                 f"This model (in_dim {self.layout.in_dim}) reads {' + '.join(wanted) or 'nothing'} beside the latents, "
-                f"but was given {' + '.join(concat) or 'nothing'}. Add the conditions it needs, or load another model."
+                f"but was given {' + '.join(given) or 'nothing'}. Add the conditions it needs, or load another model."
             )
-        return [concat[name] for name in wanted]
+        if self.layout.image_tokens != (slots.context_prefix is not None):
+            looks, was = ("looks at an image", "none") if self.layout.image_tokens else ("looks at no image", "one")
+            raise ModelError(
+                f"This model (in_dim {self.layout.in_dim}) {looks}, but was given {was}. "
+                "Change the image condition, or load another model."
+            )
 
     def advance(self, x: Tensor, step: Step, slots: Slots, around: Callable) -> Tensor:
         """Tokens (b, n, dim) through all blocks."""

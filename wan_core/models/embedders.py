@@ -1,7 +1,7 @@
-"""Small networks beside the trunk whose weights are part of the published DiT files.
+"""Small networks beside the trunk that turn what a user gives into what its slots take.
 
-They turn what a user gives into what the trunk's slots take: image features into context tokens, camera rays into
-something to add to the patches. Conditions call them; the trunk's forward never does.
+Image features become context tokens, camera rays something to add to the patches, a speed something to add to the
+modulation. Conditions call them; the trunk's forward never does.
 """
 
 from __future__ import annotations
@@ -58,3 +58,24 @@ class CameraAdapter(nn.Module):
         for block in self.residual_blocks:
             x = block(x)
         return x.unflatten(0, (b, t)).transpose(1, 2)
+
+
+class MotionController(nn.Module):
+    """A speed (n,), 0..100 as trained -> (n, 6, dim), added to the modulation. Comes in a file of its own."""
+
+    def __init__(self, frequency_dim: int, dim: int):
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        self.linear = nn.Sequential(
+            Linear(frequency_dim, dim), nn.SiLU(), Linear(dim, dim), nn.SiLU(), Linear(dim, dim * 6)
+        )
+
+    def forward(self, speed: Tensor) -> Tensor:
+        return self.linear(sinusoid(speed * 10, self.frequency_dim)).unflatten(1, (6, -1))
+
+
+def sinusoid(positions: Tensor, dim: int) -> Tensor:
+    """(b,) -> (b, dim): cosines, then sines, of frequencies from 1 down to 1/10000; taken in fp64, given in fp32."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim // 2))
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
