@@ -8,7 +8,7 @@ from ..wan_core.sampling.loop import Settings, sample
 from ..wan_core.sampling.schedules import SOLVERS
 from ..wan_core.size import latent_shape, snap_size
 from .host import host, io
-from .wires import WanConditions, WanModel, conditioning_text, latent_samples
+from .wires import WanConditions, WanModel, conditioning_text, latent_samples, refuse_noise_mask
 
 
 class EmptyLatent(io.ComfyNode):
@@ -107,7 +107,7 @@ class Sampler(io.ComfyNode):
                 io.Float.Input(
                     "denoise",
                     default=1.0,
-                    min=0.0,
+                    min=0.01,
                     max=1.0,
                     step=0.01,
                     round=0.001,
@@ -129,6 +129,7 @@ class Sampler(io.ComfyNode):
     ):  # fmt: skip
         settings = Settings(seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device)
         samples = latent_samples(latent)
+        refuse_noise_mask(latent)
         text = conditioning_text(positive, "positive")
         negative_text = None if negative is None or cfg == 1 else conditioning_text(negative, "negative")
         progress = host.progress(steps, cls.hidden.unique_id)

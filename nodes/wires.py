@@ -25,27 +25,25 @@ def latent_samples(latent: dict[str, Any], name: str = "latent") -> Tensor:
             f"{name} has the shape {tuple(samples.shape)}, which is not a Wan 2.1 video: that is (batch, 16, frames, "
             "height, width). Connect Empty Wan Latent, Wan VAE Encode, or another node that makes Wan latents."
         )
-    if latent.get("noise_mask") is not None:
-        raise InputError(
-            f"{name} carries a noise mask, which Wan Sampler does not follow. "
-            "Remove the node that sets the mask (Set Latent Noise Mask, VAE Encode for Inpainting)."
-        )
     return samples
 
 
+def refuse_noise_mask(latent: dict[str, Any]) -> None:
+    if latent.get("noise_mask") is not None:
+        raise InputError(
+            "The latent carries a noise mask, which Wan Sampler does not follow. "
+            "Remove the node that sets the mask (Set Latent Noise Mask, VAE Encode for Inpainting)."
+        )
+
+
 def conditioning_text(conditioning: list, name: str) -> Tensor:
-    """The (b, L, 4096) text of a CONDITIONING; what else it carries is not ours, and said."""
+    """The (b, L, 4096) text of a CONDITIONING; that nothing else of it is used, is said."""
     if len(conditioning) != 1:
         raise InputError(
             f"{name} holds {len(conditioning)} conditionings, but Wan Sampler follows exactly one. "
             "Connect one Wan Prompt (or CLIP Text Encode) directly, without Conditioning Combine."
         )
     text, extras = conditioning[0]
-    if text.ndim != 3 or text.shape[-1] != 4096:
-        raise InputError(
-            f"{name} has the shape {tuple(text.shape)}, but Wan reads UMT5 text of (batch, tokens, 4096). "
-            "Connect Wan Prompt, or CLIP Text Encode with a CLIP loaded as type wan."
-        )
     if unused := sorted(key for key, value in extras.items() if key != "pooled_output" and value is not None):
         host.say(f"Wan Sampler takes only the text of {name}; without effect: {', '.join(unused)}.")
     return text
