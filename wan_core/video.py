@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 import wave
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from .errors import FileError, InputError
 from .fit import fit_pictures
+from .saving import write_whole
 
 FORMATS = ("mp4", "webm", "webp", "png")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".gif", ".webp")
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXIF_PROMPT, EXIF_FIRST_OTHER = 0x0110, 0x010F  # ComfyUI counts down from the second for `workflow` and the like
 
 
@@ -132,7 +132,7 @@ def save_video(
         writers = {path: partial(_write_webp, images, frame_rate, quality, tags)}
     else:
         writers = {path: partial(_write_with_ffmpeg, images, frame_rate, quality, tags, audio)}
-    _write_all_or_nothing(writers)
+    write_whole(writers)
     return list(writers)
 
 
@@ -147,26 +147,6 @@ def _check(images: Tensor, suffix: str, frame_rate: float, quality: int, audio) 
         raise InputError(f"quality is {quality}; choose 1 (small files) to 10 (best).")
     if audio is not None and suffix not in ("mp4", "webm"):
         raise InputError(f"A {suffix} file cannot hold sound. Choose mp4 or webm, or disconnect audio.")
-
-
-def _write_all_or_nothing(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Call each writer with a temporary path beside its file, and rename when all of them are done."""
-    unfinished = {path: path.with_name(f".{path.stem}.part{path.suffix}") for path in writers}
-    try:
-        for path, write in writers.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(unfinished[path])
-        for path, file in unfinished.items():
-            file.replace(path)
-    except OSError as error:
-        reason = "there is no room left on the disk" if error.errno in NO_ROOM else error.strerror or str(error)
-        raise FileError(
-            f"{next(iter(writers))} could not be saved: {reason}. No partial file was left. "
-            "Free some space or choose another output folder, and run again."
-        ) from error
-    finally:
-        for file in unfinished.values():
-            file.unlink(missing_ok=True)
 
 
 def _bytes(images: Tensor) -> Iterator[np.ndarray]:

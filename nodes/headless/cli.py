@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import signal
 import sys
 import traceback
@@ -12,10 +12,8 @@ from typing import Any
 
 from ...wan_core.errors import WanError
 from ..host.standalone import Interrupted, host
-from .validate import WorkflowError, check_structure, choices, describe, nearest
-
-PACKAGE = Path(__file__).resolve().parents[2]
-EXAMPLES = Path("example_workflows", "api")
+from .validate import WorkflowError, describe, nearest
+from .workflows import apply_settings, read_workflow
 
 OK, ERROR, INVALID, INTERRUPTED = 0, 1, 2, 130
 
@@ -62,8 +60,7 @@ def run_command(options: argparse.Namespace) -> int:
     host.input_directory = options.input_dir or host.input_directory
     host.output_directory = options.output_dir or host.output_directory
     host.quiet = options.quiet
-    workflow = read_workflow(find_workflow(options.workflow))
-    check_structure(workflow)
+    workflow = read_workflow(options.workflow)
     from .runner import NodeError
 
     runner = all_nodes_runner()
@@ -116,75 +113,13 @@ def node_page(info: dict[str, Any]) -> list[str]:
     return lines
 
 
-def find_workflow(name: str) -> Path:
-    """The workflow's file: below the working directory, else among those installed with the package."""
-    for root in (Path(), PACKAGE):
-        for path in (root / name, root / f"{name}.json", root / EXAMPLES / name, root / EXAMPLES / f"{name}.json"):
-            if path.is_file():
-                return path
-    known = sorted(path.stem for path in (PACKAGE / EXAMPLES).glob("*.json"))
-    raise WorkflowError([f"There is no workflow {name!r} here{nearest(name, known)}. Those that come with WanFlow: "
-                         f"{', '.join(known) or 'none'}."])
-
-
-def read_workflow(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WorkflowError([f"{path} is not JSON: {error}."]) from error
-
-
-def apply_settings(workflow: Any, settings: list[str], infos: dict[str, dict]) -> None:
-    """Put each `NODE.INPUT=VALUE` into the workflow; raises WorkflowError with all that do not fit."""
-    problems = []
-    for setting in settings:
-        target, equals, text = setting.partition("=")
-        node_name, dot, input_name = target.rpartition(".")
-        if not (equals and dot and node_name and input_name):
-            problems.append(f"--set {setting}: write NODE.INPUT=VALUE, such as 5.seed=7.")
-            continue
-        found = find_nodes(workflow, node_name)
-        if len(found) != 1:
-            known = ", ".join(f"{id} ({node['class_type']})" for id, node in workflow.items())
-            several = f"is the name of the nodes {' and '.join(found)}; use an id"
-            problems.append(f"--set {setting}: {node_name!r} {several if found else f'is no node. There are {known}'}.")
-            continue
-        node = workflow[found[0]]
-        groups = infos.get(node["class_type"], {}).get("input", {})
-        spec = {**groups.get("required", {}), **groups.get("optional", {})}.get(input_name)
-        node.setdefault("inputs", {})[input_name] = parse_value(text, spec)
-    if problems:
-        raise WorkflowError(problems)
-
-
-def find_nodes(workflow: dict[str, dict], name: str) -> list[str]:
-    """Ids of the nodes called `name`: by id, else by title or class."""
-    if name in workflow:
-        return [name]
-    return [id for id, node in workflow.items() if name in (node["class_type"], node.get("_meta", {}).get("title"))]
-
-
-def parse_value(text: str, spec: Any) -> Any:
-    """The text of a `--set` as the input's type wants it; what does not fit is left for validation to report."""
-    if spec is None or spec[0] in ("STRING", "INT", "FLOAT"):
-        return text
-    if spec[0] == "BOOLEAN":
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
-    if choices(spec) is not None:
-        return next((choice for choice in choices(spec) if str(choice) == text), text)
-    try:
-        return json.loads(text)  # a link: ["4", 0]
-    except json.JSONDecodeError:
-        return text
-
-
 def stop_on_interrupt() -> None:
     """The first ctrl-C stops at the next step, where all is in order; the second at once."""
 
     def handle(number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         host.interrupted = True
-        complain("Stopping after this step; press ctrl-C again to stop at once.")
+        os.write(2, b"\nStopping after this step; press ctrl-C again to stop at once.\n")  # print is not safe here
 
     signal.signal(signal.SIGINT, handle)
 

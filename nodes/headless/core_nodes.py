@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy
@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
 from ...wan_core.errors import FileError
+from ...wan_core.saving import write_whole
 from ..host import schema as io
 from ..host.standalone import OutputFile, host
 
@@ -137,36 +138,23 @@ def save_pngs(images: Iterable[torch.Tensor], prefix: str, place: str, compressi
     Returns what `ui` says of them.
     """
     entries = []
+    tags = PngInfo()
+    for key, value in graph.items():
+        tags.add_text(key, json.dumps(value))
     for number, image in enumerate(images):
         height, width = image.shape[:2]
         name = prefix.replace("%width%", str(width)).replace("%height%", str(height))
         name = name.replace("%batch_num%", str(number))
         file = host.output_path(name, "png", temporary=place == "temp")
         pixels = numpy.clip(255.0 * image.cpu().numpy(), 0, 255).astype(numpy.uint8)  # cut, not rounded, like ComfyUI
-        tags = PngInfo()
-        for key, value in graph.items():
-            tags.add_text(key, json.dumps(value))
-        write_whole(file.path, lambda path, pixels=pixels, tags=tags: Image.fromarray(pixels).save(
-            path, format="png", pnginfo=tags, compress_level=compression))
+        save = partial(Image.fromarray(pixels).save, format="png", pnginfo=tags, compress_level=compression)
+        write_whole({file.path: save})
         entries.append(ui_entry(file, place))
     return entries
 
 
 def ui_entry(file: OutputFile, place: str) -> dict[str, str]:
     return {"filename": file.filename, "subfolder": file.subfolder, "type": place}
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Call `write(temporary path)` and move the result into place: a full disk leaves no half file."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        sentence = f"{path} could not be written ({error}). Free some space or choose another --output-dir."
-        raise FileError(sentence) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class SaveImage(io.ComfyNode):
@@ -221,7 +209,7 @@ class SaveLatent(io.ComfyNode):
         file = host.output_path(filename_prefix, "latent")
         tensors = {"latent_tensor": samples["samples"].contiguous(), "latent_format_version_0": torch.tensor([])}
         graph = {name: json.dumps(value) for name, value in host.metadata(cls.hidden).items()}
-        write_whole(file.path, lambda path: safetensors.torch.save_file(tensors, path, metadata=graph))
+        write_whole({file.path: lambda path: path.write_bytes(safetensors.torch.save(tensors, metadata=graph))})
         return io.NodeOutput(ui={"latents": [ui_entry(file, "output")]})
 
 

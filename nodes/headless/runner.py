@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..host.schema import ComfyNode, Hidden, HiddenHolder
+from ..host.schema import ComfyNode, Hidden, HiddenHolder, Schema
 from ..host.standalone import Interrupted, StandaloneHost
-from .validate import Checks, Workflow, links, reached, title, validate
+from .validate import Checks, Workflow, links, reached, validate
 
 
 class NodeError(RuntimeError):
@@ -38,6 +38,7 @@ class Runner:
     def __init__(self, classes: Iterable[type[ComfyNode]], host: StandaloneHost):
         self.host = host
         self.classes = {node.GET_SCHEMA().node_id: node for node in classes}
+        self.schemas = {name: node.GET_SCHEMA() for name, node in self.classes.items()}  # each call lists folders
         self.cache: dict[str, tuple] = {}  # key -> outputs, of the last run's nodes
 
     def infos(self) -> dict[str, dict]:
@@ -51,6 +52,7 @@ class Runner:
 
     def run(self, workflow: Workflow) -> Result:
         """Validate and run. Raises WorkflowError, NodeError, or the host's Interrupted."""
+        self.host.interrupted = False
         infos = self.infos()
         workflow = validate(workflow, infos, self.checks())
         sources = {id: [link[0] for link in links(workflow[id]).values()] for id in reached(workflow, infos)}
@@ -80,20 +82,22 @@ class Runner:
         node = workflow[id]
         values = {name: outputs[link[0]][int(link[1])] for name, link in links(node).items()}
         node_class = self.prepared(workflow, id)
-        self.host.say(node_class.GET_SCHEMA().display_name or node["class_type"])
+        name = self.schemas[node["class_type"]].display_name or node["class_type"]
+        self.host.say(name)
         try:
             returned = node_class.execute(**{**node["inputs"], **values})
         except Interrupted:
             raise
         except Exception as error:
-            raise NodeError(f"{title(workflow, id)}: {error}") from error
+            raise NodeError(f"{name} (node {id}): {str(error) or type(error).__name__}") from error
         return returned.args, returned.ui or {}
 
     def prepared(self, workflow: Workflow, id: str) -> type[ComfyNode]:
         """The node's class as its `execute` sees it: a subclass that holds what the node asked of the host."""
-        node_class = self.classes[workflow[id]["class_type"]]
+        class_type = workflow[id]["class_type"]
+        node_class = self.classes[class_type]
         offered = {Hidden.unique_id: id, Hidden.prompt: workflow}
-        asked = {hidden.name: offered.get(hidden) for hidden in node_class.GET_SCHEMA().hidden}
+        asked = {hidden.name: offered.get(hidden) for hidden in self.schemas[class_type].hidden}
         return type(node_class.__name__, (node_class,), {"hidden": HiddenHolder(**asked)})
 
     def keys(self, workflow: Workflow, order: list[str]) -> dict[str, str]:
@@ -102,11 +106,10 @@ class Runner:
         for id in order:
             node, linked = workflow[id], links(workflow[id])
             values = {name: None if name in linked else value for name, value in node["inputs"].items()}
-            node_class = self.classes[node["class_type"]]
-            fingerprint = getattr(node_class, "fingerprint_inputs", None)
+            fingerprint = getattr(self.classes[node["class_type"]], "fingerprint_inputs", None)
             parts = [node["class_type"], fingerprint(**values) if fingerprint else None, values,
                      {name: [keys[link[0]], link[1]] for name, link in linked.items()},
-                     id if depends_on_id(node_class) else None]
+                     id if depends_on_id(self.schemas[node["class_type"]]) else None]
             keys[id] = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         return keys
 
@@ -126,9 +129,8 @@ def wanted(order: list[str], sources: dict[str, list[str]], outputs: set[str], c
     return [id for id in order if id in needed]
 
 
-def depends_on_id(node_class: type[ComfyNode]) -> bool:
+def depends_on_id(schema: Schema) -> bool:
     """Whether two equal nodes of a workflow may give different results."""
-    schema = node_class.GET_SCHEMA()
     return schema.not_idempotent or Hidden.unique_id in schema.hidden
 
 

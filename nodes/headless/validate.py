@@ -88,7 +88,7 @@ def node_problems(workflow: Workflow, id: str, infos: NodeInfos, checks: Checks)
     for name in groups.get("required", {}):
         if name not in inputs:
             yield f"the input {name!r} is missing; it takes {describe(known[name])}."
-    for name in inputs.keys() & known.keys():
+    for name in [name for name in inputs if name in known]:
         if isinstance(inputs[name], list):
             yield from link_problems(workflow, name, inputs[name], known[name], infos)
         else:

@@ -2,7 +2,8 @@
 
 Node modules write `io.Schema(...)`, `io.Int.Input(...)`; inside ComfyUI that is the real thing, elsewhere this file.
 `GET_NODE_INFO_V1` gives what ComfyUI answers on `/object_info`. An argument that the oldest supported ComfyUI (0.3.64)
-lacks is a TypeError here, so that a test notices before a user does. The names are ComfyUI's.
+lacks, or that the headless runner does not honour (lazy inputs, lists of outputs), is a TypeError here, so that a test
+notices before a user does. The names are ComfyUI's.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Input:
     """A socket. `options` maps an argument's name to its name in `/object_info`."""
 
     io_type: str
-    options = {"display_name": "display_name", "tooltip": "tooltip", "lazy": "lazy"}
+    options = {"display_name": "display_name", "tooltip": "tooltip"}
     always: dict[str, Any] = {}  # what ComfyUI sends even when it was not given
 
     def __init__(self, id: str, *, optional: bool = False, **arguments: Any):
@@ -91,7 +92,6 @@ class Output:
 
     display_name: str | None = None
     tooltip: str | None = None
-    is_output_list: bool = False
     io_type = "*"
 
 
@@ -204,7 +204,7 @@ class ComfyNode(ABC):
             "input": inputs,
             "input_order": {group: list(entries) for group, entries in inputs.items()},
             "output": [output.io_type for output in schema.outputs],
-            "output_is_list": [output.is_output_list for output in schema.outputs],
+            "output_is_list": [False] * len(schema.outputs),
             "output_name": [output.display_name or output.io_type for output in schema.outputs],
             "output_tooltips": [output.tooltip or None for output in schema.outputs],
             "name": schema.node_id,

@@ -85,20 +85,24 @@ class StandaloneHost:
     def model_files(self, kind: str) -> list[str]:
         """Names, below their folder and with "/", of the files of a kind (a key of `MODEL_FOLDERS`)."""
         names = set()
-        for folder in self.model_folders(kind):
+        for folder in self.kind_folders(kind):
             files = (path for path in folder.rglob("*") if path.suffix in MODEL_ENDINGS and path.is_file())
             names.update(path.relative_to(folder).as_posix() for path in files)
         return sorted(names)
 
     def find_model(self, kind: str, name: str) -> Path:
         """The file behind a name of `model_files`; FileError when there is none."""
-        for folder in self.model_folders(kind):
+        for folder in self.kind_folders(kind):
             if (folder / name).is_file():
                 return folder / name
-        folders = " or ".join(str(folder) for folder in self.model_folders(kind))
+        folders = " or ".join(map(str, self.kind_folders(kind)))
         raise FileError(f"There is no file {name!r} in {folders}. Put it there, or name another --models-dir.")
 
     def model_folders(self, kind: str) -> list[Path]:
+        """Where the folder `<organisation>/<model>` of a published model may lie."""
+        return [*self.kind_folders(kind), self.models_dir]
+
+    def kind_folders(self, kind: str) -> list[Path]:
         return [self.models_dir / folder for folder in MODEL_FOLDERS[kind]]
 
     # Files that workflows read and write
