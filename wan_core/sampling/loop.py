@@ -1,0 +1,234 @@
+"""The sampler: noise, or an encoded video with noise on top, becomes the latents of a new video."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..adapters.injection import Canvas, Condition, neutral, total
+from ..errors import InputError, ModelError
+from ..model import WanModel
+from ..models.dit import LATENT_CHANNELS, Run
+from ..models.vae import LATENT_MEAN, LATENT_STD
+from .schedules import SOLVERS, noise_levels
+
+HIGHEST_SEED = 2**64 - 1
+
+# step (0 is the first), number of steps, the clean video as the model sees it now: (b, 16, T, h, w), normalised
+OnStep = Callable[[int, int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample. Raises InputError for values that cannot work.
+
+    seed: 0..2^64-1, and `rand_device` is where the noise is drawn: on "cpu" a seed gives the same noise everywhere.
+    cfg: how strongly to prefer the positive over the negative prompt; exactly 1 leaves the negative out.
+    cfg_merge: run both prompts as one batch: faster on a large GPU, for twice the memory.
+    denoise: below 1 the given video is kept in part; all steps are run, from a lower noise level.
+    """
+
+    seed: int
+    steps: int = 50
+    cfg: float = 5.0
+    cfg_merge: bool = False
+    shift: float = 5.0
+    scheduler: str = "euler"
+    denoise: float = 1.0
+    rand_device: str = "cpu"
+
+    def __post_init__(self):
+        if not 0 <= self.seed <= HIGHEST_SEED:
+            raise InputError(f"seed is {self.seed}, but it has to be between 0 and {HIGHEST_SEED}.")
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}, but sampling needs at least 1. Enter 1 or more (50 is usual).")
+        if not math.isfinite(self.cfg):
+            raise InputError(f"cfg is {self.cfg}. Enter a number; 5 is usual, and 1 ignores the negative prompt.")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise InputError(f"shift is {self.shift}, but it has to be above 0. Enter a number such as 5.")
+        if self.scheduler not in SOLVERS:
+            raise InputError(f"There is no scheduler {self.scheduler!r}. Choose one of {', '.join(SOLVERS)}.")
+        if not 0 < self.denoise <= 1:
+            raise InputError(f"denoise is {self.denoise}, but it has to be above 0 and at most 1.")
+
+    def levels(self) -> list[float]:
+        """The steps + 1 noise levels, falling to 0."""
+        return noise_levels(self.steps, self.shift, self.denoise * SOLVERS[self.scheduler].highest)
+
+
+@torch.no_grad()
+def sample(
+    model: WanModel,
+    positive: Tensor,
+    negative: Tensor | None,
+    latent: Tensor,
+    settings: Settings,
+    conditions: Sequence[Condition] = (),
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Make videos: raw latents (b, 16, T, h, w) in, raw latents of the same shape out, fp32, on the same device.
+
+    positive, negative: embedded prompts (b or 1, L, text width), zero after their real length; the negative may be
+    None where cfg is 1. latent: its shape is the canvas; all zero means empty, else it is the video to change.
+    An exception of `on_step` ends the run and passes through.
+    """
+    device = model.device
+    check_latent(latent, settings)
+    texts = [text.to(device) for text in prompts(positive, negative, latent, settings, model.layout.text_dim)]
+    run = Run(compute_dtype=model.compute_dtype, attention=model.attention)
+    with model.attached(device) as trunk:
+        canvas = Canvas(latent.shape[0], *latent.shape[2:], dtype=model.compute_dtype, device=device)
+        injection = total((condition.inject(trunk, canvas) for condition in conditions), neutral(trunk, canvas))
+
+        def predict(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            return trunk(x, timestep, text, injection, run)
+
+        def report(i: int, clean: Tensor) -> None:
+            if on_step is not None:
+                on_step(i, settings.steps, clean[:, :, injection.prefix :])
+
+        x = beginning(latent.to(device, torch.float32), injection.prefix_frames, settings)
+        x = denoise(x, guided(predict, texts, settings), settings, report)
+    return unnormalised(x[:, :, injection.prefix :]).to(latent.device)
+
+
+def beginning(latent: Tensor, prefix: Tensor | None, settings: Settings) -> Tensor:
+    """What to denoise: noise, mixed with the raw latent unless that is empty; (b, 16, P+T, h, w) normalised.
+
+    prefix: clean normalised frames (b or 1, 16, P, h, w) in front of the canvas.
+    """
+    noise = draw_noise(latent.shape, 0 if prefix is None else prefix.shape[2], settings).to(latent.device)
+    if is_empty(latent):
+        return noise
+    clean = normalised(latent)
+    if prefix is not None:
+        clean = torch.cat([prefix.to(clean).expand(len(clean), -1, -1, -1, -1), clean], dim=2)
+    sigma = settings.levels()[0]
+    return (1 - sigma) * clean + sigma * noise
+
+
+def denoise(x: Tensor, velocity: Callable, settings: Settings, report: Callable[[int, Tensor], None]) -> Tensor:
+    """Walk x down the noise levels along velocity(x, timestep); `report` gets the clean video seen in every step."""
+    sigmas = settings.levels()
+    solver = SOLVERS[settings.scheduler](sigmas)
+    for i in range(settings.steps):
+        v = velocity(x, torch.tensor([1000 * sigmas[i]], device=x.device))
+        if not v.isfinite().all():
+            raise ModelError(
+                f"In step {i + 1} of {settings.steps} the model's answer held values that are not numbers. "
+                "Load the weights in another weight_dtype, choose the attention 'sdpa', or check the model file."
+            )
+        report(i, x - sigmas[i] * v)
+        x = solver.step(i, x, v)
+    return x
+
+
+def guided(predict: Callable, texts: list[Tensor], settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:
+    """velocity(x, timestep) under classifier-free guidance: away from the negative prompt, towards the positive.
+
+    Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598.
+    """
+    if len(texts) == 1:
+        return lambda x, timestep: predict(x, timestep, texts[0])
+
+    def one_after_the_other(x: Tensor, timestep: Tensor) -> list[Tensor]:
+        return [predict(x, timestep, text) for text in texts]
+
+    def as_one_batch(x: Tensor, timestep: Tensor) -> list[Tensor]:
+        length = max(text.shape[1] for text in texts)  # zero rows are what follows a shorter text anyway
+        both = torch.cat([F.pad(text, (0, 0, 0, length - text.shape[1])) for text in texts])
+        return list(predict(x.repeat(2, 1, 1, 1, 1), timestep, both).chunk(2))
+
+    branches = as_one_batch if settings.cfg_merge else one_after_the_other
+
+    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+        positive, negative = branches(x, timestep)
+        return negative + settings.cfg * (positive - negative)
+
+    return velocity
+
+
+def prompts(
+    positive: Tensor, negative: Tensor | None, latent: Tensor, settings: Settings, text_dim: int
+) -> list[Tensor]:
+    """The texts that have to be run, (b, L, text_dim) fp32 each: [positive] or [positive, negative]."""
+    if settings.cfg == 1:
+        wanted = {"positive": positive}
+    elif negative is None:
+        raise InputError(
+            f"cfg is {settings.cfg}, which compares with a negative prompt, but none is connected. "
+            "Connect a Wan Prompt to negative (it may be empty), or set cfg to 1."
+        )
+    else:
+        wanted = {"positive": positive, "negative": negative}
+    for name, text in wanted.items():
+        if text.dim() != 3 or text.shape[2] != text_dim:
+            raise ModelError(
+                f"{name} has the shape {tuple(text.shape)}, but this model reads (prompts, tokens, {text_dim}). "
+                "Encode the prompt with Wan's text encoder (UMT5-XXL)."
+            )
+        if text.shape[0] not in (1, latent.shape[0]):
+            raise InputError(
+                f"{name} holds {text.shape[0]} prompts for {latent.shape[0]} videos. "
+                "Give one prompt for all, or one a video."
+            )
+    return [text.float().expand(latent.shape[0], -1, -1) for text in wanted.values()]
+
+
+def is_empty(latent: Tensor) -> bool:
+    """All zero: no video, only a canvas."""
+    return not latent.any()
+
+
+def check_latent(latent: Tensor, settings: Settings) -> None:
+    """Raises InputError if the latent cannot be sampled."""
+    if latent.dim() != 5 or latent.shape[1] != LATENT_CHANNELS or latent.shape[3] % 2 or latent.shape[4] % 2:
+        raise InputError(
+            f"The latent has the shape {tuple(latent.shape)}, but Wan 2.1 needs "
+            f"(videos, {LATENT_CHANNELS}, frames, even height, even width). Make it with Empty Wan Latent or "
+            "Wan VAE Encode."
+        )
+    if is_empty(latent) and settings.denoise < 1:
+        raise InputError(
+            f"denoise is {settings.denoise}, but the latent is empty: there is no video to keep a part of. "
+            "Set denoise to 1, or connect an encoded video."
+        )
+
+
+def draw_noise(shape: Sequence[int], prefix: int, settings: Settings) -> Tensor:
+    """Normal noise (b, 16, P+T, h, w) fp32 for a canvas (b, 16, T, h, w) and `prefix` frames in front of it.
+
+    The whole batch is one draw: for the same seed these are DiffSynth-Studio's and ComfyUI's numbers. The prefix is
+    drawn afterwards, so that it does not change the canvas's noise.
+    """
+    device = settings.rand_device
+    try:
+        generator = torch.Generator(device).manual_seed(settings.seed)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise InputError(
+            f"This computer cannot draw noise on rand_device {device!r} ({error}). Choose 'cpu'."
+        ) from error
+    noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+    front = torch.randn((*shape[:2], prefix, *shape[3:]), generator=generator, device=device, dtype=torch.float32)
+    return torch.cat([front, noise], dim=2)
+
+
+def normalised(latent: Tensor) -> Tensor:
+    """Raw latents, as they travel between nodes, to what the model was trained on."""
+    mean, std = statistics(latent)
+    return (latent - mean) / std
+
+
+def unnormalised(latent: Tensor) -> Tensor:
+    mean, std = statistics(latent)
+    return latent * std + mean
+
+
+def statistics(latent: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, (1, 16, 1, 1, 1) each."""
+    return tuple(latent.new_tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
