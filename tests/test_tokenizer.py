@@ -9,6 +9,7 @@ import torch
 from comfyui_wanflow.wan_core.errors import FileError
 from comfyui_wanflow.wan_core.models.tokenizer import END, MAX_TOKENS, PADDING, Tokenizer, clean
 from tokenizers import models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "moves", "left"]
 
@@ -82,3 +83,20 @@ def test_missing_and_broken_files_are_sentences(tmp_path):
         (tmp_path / name).write_text("<html>not found</html>")
         with pytest.raises(FileError, match=f"{name} is not a readable"):
             Tokenizer.open(tmp_path / name)
+
+
+def test_equals_transformers(tmp_path):
+    """A real Unigram vocabulary, tokenised by the reference's call: padded to 512, cut at 512."""
+    library = tokenizers.SentencePieceUnigramTokenizer()
+    library.train_from_iterator(
+        ["a red circle moves left on a blue background", "the café is closed, isn't it?"] * 10,
+        vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False,
+    )  # fmt: skip
+    library.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    twin = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="<pad>", eos_token="</s>")
+    texts = ["a red circle", "Is the cafe blue? 红色", "", "moves left " * 300]
+    expected = twin(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    tokens = Tokenizer.open(tmp_path)(texts)
+    assert torch.equal(tokens.ids, expected.input_ids)
+    assert torch.equal(tokens.mask, expected.attention_mask)
