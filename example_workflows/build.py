@@ -107,9 +107,8 @@ def editor_node(id: int, order: int, entry: dict[str, Any], info: dict[str, Any]
                 values.append("fixed")
             height += 80 if options.get("multiline") else 0
         sockets.append(socket)
-    outputs = [
-        {"name": name, "type": kind, "links": []} for name, kind in zip(info["output_name"], info["output"], strict=True)
-    ]
+    pairs = zip(info["output_name"], info["output"], strict=True)
+    outputs = [{"name": name, "type": kind, "links": []} for name, kind in pairs]
     return {
         "id": id, "type": entry["class_type"], "title": entry["_meta"]["title"], "size": [WIDTH, height], "flags": {},
         "order": order, "mode": 0, "inputs": sockets, "outputs": outputs,

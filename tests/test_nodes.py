@@ -51,6 +51,12 @@ def test_entrypoint_gives_every_node():
     assert asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list()) == list(NODES.values())
 
 
+def test_node_list_for_scanners():
+    """ComfyUI-Manager learns from this file which pack a missing node belongs to."""
+    listed = json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))
+    assert listed == {name: info["description"] for name, info in INFOS.items()}
+
+
 def inputs_of(info):
     return {name: spec for group in ("required", "optional") for name, spec in info["input"].get(group, {}).items()}
 

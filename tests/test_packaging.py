@@ -47,11 +47,11 @@ def test_data_files_ship():
     """Every file under the data folders is covered by package-data, so that an installed `wanflow` finds it."""
     for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items():
         folder = ROOT.joinpath(*package.split(".")[1:])
-        for pattern in patterns:
-            top = folder / pattern.split("/")[0]
-            covered = {file for file in folder.glob(pattern) if file.is_file()}
-            assert covered, f"{package}: nothing matches {pattern}"
-            assert {file for file in top.rglob("*") if file.is_file()} <= covered
+        covered = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+        tops = {pattern.split("/")[0] for pattern in patterns}
+        data = {file for top in tops for file in (folder / top).rglob("*") if file.is_file()}
+        data = {file for file in data if file.suffix not in (".py", ".pyc")}
+        assert data and data == covered, package
 
 
 def test_no_registry_host_is_named():
@@ -61,3 +61,13 @@ def test_no_registry_host_is_named():
     for file in files:
         text = file.read_text(encoding="utf-8")
         assert not [host for host in hosts if host in text], file
+
+
+def test_the_two_commands_are_the_same_everywhere():
+    install_and_run = "pip install -c constraints.txt . && wanflow run example_workflows/api/quickstart.json"
+    install_and_test = 'pip install -c constraints.txt -e ".[test]" && pytest'
+    for name in ("README.md", "README_zh.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert install_and_run in text and install_and_test in text, name
+    tested = (ROOT / ".ci" / "run").read_text().replace("pip install -q", "pip install")
+    assert install_and_test in tested
