@@ -14,7 +14,7 @@ FILES = sorted(file for top in ("nodes", "wan_core") for file in (ROOT / top).rg
 # wan_core from the ground up: a part may use the floors below it, and nothing beside it.
 TOWER = (
     ("errors",),
-    ("size", "compute", "fit", "offload", "loading.catalog", "loading.keymaps"),
+    ("size", "compute", "fit", "saving", "offload", "loading.catalog", "loading.keymaps"),
     ("models", "video"),
     ("adapters",),
     ("model",),
