@@ -15,6 +15,8 @@ from comfyui_wanflow.nodes.headless import workflows
 from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.host import host
 from comfyui_wanflow.wan_core.errors import InputError
+from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +48,8 @@ class TestRun:
         assert capsys.readouterr().err == ""
 
     def test_folders(self, folder, capsys):
+        for name in ("weights", "pictures"):
+            (folder / name).mkdir()
         arguments = ["--output-dir", "elsewhere", "--models-dir", "weights", "--input-dir", "pictures"]
         assert main(["run", "workflow.json", *arguments]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == "elsewhere/mode_00001_.txt"
@@ -126,6 +130,19 @@ class TestRun:
         assert "Traceback" in error and "fake_nodes.py" in error and "a mistake in the code" in error
 
 
+    def test_an_output_folder_that_cannot_be_made_is_1(self, folder, capsys):
+        (folder / "taken").touch()
+        assert main(["run", "workflow.json", "--output-dir", "taken"]) == 1
+        error = capsys.readouterr().err
+        assert "cannot be made" in error and "Traceback" not in error
+
+    @pytest.mark.parametrize("option", ["--models-dir", "--input-dir"])
+    def test_a_folder_to_read_that_is_not_there_is_2(self, option, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            main(["run", "workflow.json", option, "nowhere"])
+        assert "there is no folder nowhere" in capsys.readouterr().err
+
+
 class TestNames:
     def test_a_workflow_is_found_here_first_then_in_the_package(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr(workflows, "PACKAGE", tmp_path / "package")
@@ -163,6 +180,19 @@ class TestNodes:
         assert "did you mean 'FakeSampler'?" in capsys.readouterr().err
 
 
+class TestInspect:
+    def test_says_what_a_file_is_and_who_loads_it(self, folder, capsys):
+        save_file(DiT(DiTLayout(dim=128, ffn_dim=64, layers=1, heads=1)).state_dict(), folder / "a.safetensors")
+        assert main(["inspect", "a.safetensors"]) == 0
+        printed = capsys.readouterr().out
+        assert "a.safetensors is a Wan 2.1 diffusion model (Text to Video, 1 layers, width 128)" in printed
+        assert "million numbers, float32." in printed and "'Load Wan Model'" in printed
+
+    def test_a_missing_file_is_1(self, capsys):
+        assert main(["inspect", "none.safetensors"]) == 1
+        assert "none.safetensors" in capsys.readouterr().err
+
+
 def python(code, folder, **options):
     """A fresh interpreter in which this checkout is `comfyui_wanflow`; -c code."""
     prelude = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest\n"
@@ -189,6 +219,8 @@ import time, fake_nodes, comfyui_wanflow.nodes as pack
 from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.host import host
 from comfyui_wanflow.wan_core.errors import InputError
+from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from safetensors.torch import save_file
 pack.node_classes = lambda: fake_nodes.NODES
 progress = host.progress
 def slow(total, node_id=None):

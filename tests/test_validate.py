@@ -115,6 +115,11 @@ def test_front_end_leftovers_are_dropped():
     assert validate(workflow, INFOS)["1"]["inputs"] == {"model": "tiny"}
 
 
+def test_names_from_windows_are_found():
+    infos = {**INFOS, "FakeModel": json.loads(json.dumps(INFOS["FakeModel"]).replace("tiny", "wan/tiny"))}
+    assert validate(changed("1", model="wan\\tiny"), infos)["1"]["inputs"]["model"] == "wan/tiny"
+
+
 def test_a_wrapped_list_is_a_value():
     workflow = changed("5", text={"__value__": ["a", 0]})
     assert validate(workflow, INFOS)["5"]["inputs"]["text"] == "['a', 0]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -43,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("workflow", help="a file, or the name of a workflow that comes with WanFlow, such as quickstart")
     run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",
                      help="replace a value; NODE is an id, a title or a node name (repeatable)")
-    run.add_argument("--models-dir", type=Path, metavar="FOLDER", help="where the model folders are (./models)")
-    run.add_argument("--input-dir", type=Path, metavar="FOLDER", help="where images and videos are read (./input)")
+    run.add_argument("--models-dir", type=folder, metavar="FOLDER", help="where the model folders are (./models)")
+    run.add_argument("--input-dir", type=folder, metavar="FOLDER", help="where images and videos are read (./input)")
     run.add_argument("--output-dir", type=Path, metavar="FOLDER", help="where results go (./output)")
     run.add_argument("--quiet", action="store_true", help="show nothing but the paths and errors")
     run.set_defaults(command=run_command)
@@ -52,7 +53,18 @@ def parser() -> argparse.ArgumentParser:
     nodes = commands.add_parser("nodes", help="list the nodes, or show one with its inputs")
     nodes.add_argument("node", nargs="?", help="a node's name, such as WanFlowSampler")
     nodes.set_defaults(command=nodes_command)
+
+    inspect = commands.add_parser("inspect", help="tell what a model file is")
+    inspect.add_argument("files", nargs="+", help="a file, or all parts of one checkpoint")
+    inspect.set_defaults(command=inspect_command)
     return top
+
+
+def folder(text: str) -> Path:
+    """The type of an argument that names a folder to read from."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return Path(text)
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -89,6 +101,22 @@ def nodes_command(options: argparse.Namespace) -> int:
         complain(f"There is no node {options.node!r}{nearest(options.node, infos)}. `wanflow nodes` lists all of them.")
         return ERROR
     print("\n".join(node_page(infos[options.node])))
+    return OK
+
+
+def inspect_command(options: argparse.Namespace) -> int:
+    from ...wan_core.loading.checkpoint import open_checkpoint
+    from ...wan_core.loading.identify import KINDS, identify
+
+    checkpoint = open_checkpoint(options.files)
+    identity = identify(checkpoint.shapes)
+    kind = KINDS.get(identity.kind)
+    print(identity.summary if identity.kind == "relative" else f"{checkpoint.description} is {identity.summary}.")
+    types = sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in checkpoint.shapes})
+    numbers = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    print(f"{len(checkpoint.shapes)} tensors, {numbers / 1e6:,.1f} million numbers, {', '.join(types)}.")
+    if kind:
+        print(f"Load it with '{kind.node}'." if kind.node else "This version of WanFlow cannot use it yet.")
     return OK
 
 

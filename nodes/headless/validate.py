@@ -134,7 +134,9 @@ def value_problems(inputs: dict[str, Any], name: str, spec: Any, check: Callable
         if low is not None and not value >= low or high is not None and not value <= high:
             yield f"{name!r} is {value!r}; it takes {describe(spec)}."
     elif choices(spec) is not None:
-        if value not in choices(spec):
+        if isinstance(value, str) and value.replace("\\", "/") in choices(spec):
+            inputs[name] = value.replace("\\", "/")  # a workflow made on Windows
+        elif value not in choices(spec):
             yield f"{name!r} is {value!r}{nearest(value, choices(spec))}; it takes {describe(spec)}."
     else:
         yield f"{name!r} is the value {value!r}, but it takes a link to {describe(spec)}."

@@ -143,7 +143,10 @@ class StandaloneHost:
         folder = (root / relative.parent).resolve()
         if not folder.is_relative_to(root) or not relative.name:
             raise InputError(f"The file name prefix {prefix!r} leads out of the folder {root}. Use a name below it.")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"The folder {folder} cannot be made ({error.strerror}). Choose another one.") from error
         filename = f"{relative.name}_{next_counter(folder, relative.name):05}_.{extension.lstrip('.')}"
         subfolder = folder.relative_to(root).as_posix()
         return OutputFile(folder, filename, "" if subfolder == "." else subfolder, folder / filename)
