@@ -228,7 +228,7 @@ def slow(total, node_id=None):
     update = bar.update
     def wait(step, preview=None):
         print("step", step, file=sys.stderr, flush=True)
-        time.sleep(0.3)
+        time.sleep(0.5)
         if {stuck} and step == 1: time.sleep(60)
         update(step, preview)
     bar.update = wait
@@ -251,4 +251,4 @@ def test_ctrl_c_stops_at_the_next_step_and_the_second_at_once(folder, stuck):
         process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert out == "" and "Stopped." in error and "step 5" not in error
+    assert out == "" and "Stopped." in error and "step 9" not in error

@@ -67,6 +67,15 @@ class TestRunner:
             runner.run(fake_nodes.workflow(steps=13))
         assert runner.run(fake_nodes.workflow(steps=12)).ran == ["2", "3", "4", "5"]
 
+    def test_two_equal_nodes_run_once_unless_they_asked_for_their_id(self, runner):
+        workflow = fake_nodes.workflow()
+        workflow["6"] = workflow["1"]
+        workflow["7"] = {"class_type": "FakeSampler", "inputs": {**workflow["2"]["inputs"], "model": ["6", 0]}}
+        workflow["8"] = {"class_type": "SaveLatent", "inputs": {"samples": ["7", 0], "filename_prefix": "x"}}
+        runner.run(workflow)
+        assert fake_nodes.RUNS.count("FakeModel") == 1
+        assert {"FakeSampler 2", "FakeSampler 7"} < set(fake_nodes.RUNS)
+
     def test_a_changed_file_is_read_again(self, runner, folders):
         workflow = {
             "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},

@@ -62,12 +62,12 @@ class Runner:
             keys = self.keys(workflow, order)
             self.cache = {key: self.cache[key] for key in keys.values() if key in self.cache}
             cached = {id for id in order if keys[id] in self.cache} - outputs
-            return self.run_nodes(workflow, wanted(order, sources, outputs, cached), cached, keys)
+            return self.run_nodes(workflow, wanted(order, sources, outputs, cached), outputs, keys)
 
-    def run_nodes(self, workflow: Workflow, order: list[str], cached: set[str], keys: dict[str, str]) -> Result:
+    def run_nodes(self, workflow: Workflow, order: list[str], outputs: set[str], keys: dict[str, str]) -> Result:
         result = Result()
         for id in order:
-            if id not in cached:
+            if id in outputs or keys[id] not in self.cache:
                 self.host.check_interrupted()
                 self.cache[keys[id]], ui = self.execute(workflow, id, result.outputs)
                 result.ran.append(id)
