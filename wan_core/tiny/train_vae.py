@@ -35,9 +35,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(steps=2000, batch=8, frames=5, size=32, rate=2e-3),
-    Stage(steps=1500, batch=4, frames=9, size=64, rate=1.5e-3),
-    Stage(steps=300, batch=2, frames=17, size=64, rate=5e-4),
+    Stage(steps=1500, batch=8, frames=5, size=32, rate=2e-3),
+    Stage(steps=1000, batch=4, frames=9, size=48, rate=1.5e-3),
+    Stage(steps=200, batch=2, frames=17, size=64, rate=5e-4),
 )
 
 

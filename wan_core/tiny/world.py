@@ -82,8 +82,8 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, pixel: flo
         distance = np.hypot(x, y) - radius
     elif shape == "square":
         distance = np.maximum(abs(x), abs(y)) - radius * 0.88
-    else:  # an upright triangle, point up
-        distance = np.maximum(abs(x) * 0.894 + y * 0.447 - radius * 0.447, y - radius * 0.8)
+    else:  # a triangle, point up
+        distance = np.maximum(abs(x) * 0.894 - y * 0.447 - radius * 0.447, y - radius * 0.8)
     return np.clip(0.5 - distance / pixel, 0, 1)
 
 

@@ -1,0 +1,99 @@
+"""Read the facts of a toy clip back from its pixels, by plain code: what a model showed, not what it was told.
+
+All functions take frames as (frames, height, width, 3) float in 0..1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .world import COLORS, DIRECTIONS
+
+PALETTE = np.array(list(COLORS.values()), np.float32) / 255
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a clip shows; None where it shows no shape at all."""
+
+    color: str | None
+    shape: str | None
+    direction: str | None
+    background: str
+
+
+def nearest_color(pixels: np.ndarray) -> np.ndarray:
+    """The palette index nearest to each pixel of (..., 3)."""
+    return np.square(pixels[..., None, :] - PALETTE).sum(-1).argmin(-1)
+
+
+def most_common(indices: np.ndarray) -> str:
+    return list(COLORS)[np.bincount(indices.ravel(), minlength=len(COLORS)).argmax()]
+
+
+def shape_mask(frames: np.ndarray) -> np.ndarray:
+    """Where the shape is, (frames, height, width) bool: the pixels unlike the median border pixel."""
+    border = np.concatenate([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], axis=1).reshape(-1, 3)
+    return np.abs(frames - np.median(border, axis=0)).max(-1) > 0.25
+
+
+def centers(mask: np.ndarray) -> np.ndarray:
+    """The mask's centre (x, y) in each frame as fractions of the picture, (frames, 2); NaN where it is empty."""
+    frames, height, width = mask.shape
+    area = mask.sum((1, 2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        x = (mask.sum(1) * (np.arange(width) + 0.5)).sum(-1) / area / width
+        y = (mask.sum(2) * (np.arange(height) + 0.5)).sum(-1) / area / height
+    return np.stack([x, y], -1)
+
+
+def displacement(frames: np.ndarray) -> np.ndarray:
+    """How far the shape went from the first to the last frame, (x, y) as fractions of the picture: the slope
+    of a straight line through its centres, times the clip's length. NaN with fewer than two frames of shape."""
+    center = centers(shape_mask(frames))
+    seen = ~np.isnan(center[:, 0])
+    if seen.sum() < 2:
+        return np.array([np.nan, np.nan])
+    when = np.arange(len(center))[seen]
+    return np.polyfit(when, center[seen], 1)[0] * (len(center) - 1)
+
+
+def read_direction(frames: np.ndarray, least: float = 0.08) -> str | None:
+    """The direction of motion; None when the shape stays (goes less than `least` of the picture) or is absent."""
+    moved = displacement(frames)
+    if np.isnan(moved).any() or np.abs(moved).max() < least:
+        return None
+    return max(DIRECTIONS, key=lambda name: float(np.dot(moved, DIRECTIONS[name])))
+
+
+def read_shape(frames: np.ndarray) -> str | None:
+    """Circle, square or triangle by how much of its bounding box the shape fills (0.79, 1 and 0.5)."""
+    fills = []
+    for mask in shape_mask(frames):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if len(rows) > 2 and len(columns) > 2:
+            box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+            fills.append(mask.sum() / box)
+    if not fills:
+        return None
+    fill = float(np.median(fills))
+    return "square" if fill > 0.9 else "circle" if fill > 0.67 else "triangle"
+
+
+def read(frames: np.ndarray) -> Reading:
+    """Everything at once."""
+    mask = shape_mask(frames)
+    indices = nearest_color(frames)
+    background = most_common(indices[~mask]) if (~mask).any() else most_common(indices)
+    if mask.sum() < 4 * len(frames):
+        return Reading(None, None, None, background)
+    inner = mask & np.roll(mask, 1, 1) & np.roll(mask, -1, 1) & np.roll(mask, 1, 2) & np.roll(mask, -1, 2)
+    color = most_common(indices[inner if inner.any() else mask])  # edges are mixed colours
+    return Reading(color, read_shape(frames), read_direction(frames), background)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two arrays in 0..1."""
+    return float(-10 * np.log10(np.mean(np.square(a - b)) + 1e-12))
