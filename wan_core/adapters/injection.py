@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..models.dit import CONCAT, DiT, Slots, Step
 from ..models.embedders import IMAGE_FEATURES
+from ..size import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 
 IMAGE_TOKENS = 257  # of one CLIP image: one for the whole, 16 x 16 for its parts
 
@@ -37,6 +38,26 @@ class Canvas:
     def zeros(self, channels: int) -> Tensor:
         """(1, channels, frames, height, width); one row serves every row of the batch."""
         return torch.zeros(1, channels, self.frames, self.height, self.width, dtype=self.dtype, device=self.device)
+
+    def take(self, what: str, latents: Tensor, frames: int | None = None) -> Tensor:
+        """`latents` (b, c, frames, height, width), `frames` is the canvas's by default, in its type and place.
+
+        Raises InputError where they were made for a canvas of another size.
+        """
+        wanted = (self.frames if frames is None else frames, self.height, self.width)
+        if latents.shape[2:] != wanted:
+            raise InputError(
+                f"{what} was prepared for {in_pixels(*latents.shape[2:])}, but the video that is made needs "
+                f"{in_pixels(*wanted)}. Connect the same latent to this condition and to the sampler."
+            )
+        return latents.to(self.device, self.dtype)
+
+
+def in_pixels(frames: int, height: int, width: int) -> str:
+    """The size of a latent as users know it."""
+    return (
+        f"{width * PIXELS_PER_LATENT}x{height * PIXELS_PER_LATENT} with {(frames - 1) * FRAMES_PER_LATENT + 1} frames"
+    )
 
 
 class Rank(IntEnum):

@@ -190,3 +190,19 @@ def frame_groups(frames: int, positions: int) -> Iterator[tuple[int, int]]:
     yield 0, 1
     for begin in range(1, frames, size):
         yield begin, min(begin + size, frames)
+
+
+def normalised(latent: Tensor) -> Tensor:
+    """Raw latents, as they travel between nodes, to what the model was trained on."""
+    mean, std = statistics(latent)
+    return (latent - mean) / std
+
+
+def unnormalised(latent: Tensor) -> Tensor:
+    mean, std = statistics(latent)
+    return latent * std + mean
+
+
+def statistics(latent: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, (1, 16, 1, 1, 1) each."""
+    return tuple(latent.new_tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))

@@ -14,7 +14,7 @@ from ..adapters.injection import Canvas, Condition, neutral, total
 from ..errors import InputError, ModelError
 from ..model import WanModel
 from ..models.dit import LATENT_CHANNELS, Run
-from ..models.vae import LATENT_MEAN, LATENT_STD
+from ..models.vae import normalised, unnormalised
 from .schedules import SOLVERS, noise_levels
 
 HIGHEST_SEED = 2**64 - 1
@@ -216,19 +216,3 @@ def draw_noise(shape: Sequence[int], prefix: int, settings: Settings) -> Tensor:
     noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
     front = torch.randn((*shape[:2], prefix, *shape[3:]), generator=generator, device=device, dtype=torch.float32)
     return torch.cat([front, noise], dim=2)
-
-
-def normalised(latent: Tensor) -> Tensor:
-    """Raw latents, as they travel between nodes, to what the model was trained on."""
-    mean, std = statistics(latent)
-    return (latent - mean) / std
-
-
-def unnormalised(latent: Tensor) -> Tensor:
-    mean, std = statistics(latent)
-    return latent * std + mean
-
-
-def statistics(latent: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel, (1, 16, 1, 1, 1) each."""
-    return tuple(latent.new_tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
