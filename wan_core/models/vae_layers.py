@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import winograd
 from .layers import Conv2d, widened
 
 
@@ -31,9 +32,14 @@ class Memory:
         self.weights: dict[nn.Module, Tensor] = {}
 
     def exchange(self, layer: nn.Module, x: Tensor, count: int) -> Tensor:
-        """(b, c, t, h, w) -> the same with up to `count` earlier frames in front; remembers the last `count`."""
-        if layer in self.frames:
-            x = torch.cat([self.frames[layer], x], dim=2)
+        """(b, c, t, h, w) -> the same with the last `count` frames in front; remembers what comes last now.
+
+        Before a clip begins there is nothing: several frames get zeros in front, a single one only what there is.
+        """
+        past = self.frames.get(layer, x[:, :, :0])
+        zeros = x[:, :, :1].new_zeros(*x.shape[:2], count - past.shape[2], *x.shape[3:])
+        parts = [past, x] if x.shape[2] == 1 else [zeros, past, x]
+        x = torch.cat(parts, dim=2) if sum(part.shape[2] for part in parts) > x.shape[2] else x
         if count:
             self.frames[layer] = x[:, :, -count:].clone()  # a view would keep all of x alive
         return x
@@ -58,7 +64,8 @@ def channels_last(x: Tensor) -> Tensor:
 
 def frames_apart(x: Tensor) -> Tensor:
     """(b, c, t, h, w) -> (b t, c, h, w), a view in channels-last order."""
-    return x.transpose(1, 2).flatten(0, 1)
+    # merging sides of one loses the strides by which torch knows channels-last order
+    return x[:, :, 0] if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
 
 
 def frames_together(x: Tensor, batch: int) -> Tensor:
@@ -86,19 +93,16 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         time, height, width = self.kernel_size
-        past, given = time - self.stride[0], x.shape[2]
-        x = memory.exchange(self, x, past)
-        missing = past + given - x.shape[2]
+        x = memory.exchange(self, x, time - self.stride[0])
         weight, bias = widened(self.weight, x), widened(self.bias, x)
-        if missing and given == 1:
-            weight = weight[:, :, missing:]  # the other taps would meet the zeros before the clip
-        elif missing:
-            x = F.pad(x, (0, 0, 0, 0, missing, 0))
+        if x.shape[2] < time:
+            weight = weight[:, :, -x.shape[2] :]  # the other taps would meet the nothing before the clip
         if height == width == 1:
             return mix_frames(x, weight.flatten(2), bias, self.stride[0])
-        if weight.shape[2] == 1:
-            y = F.conv2d(frames_apart(x), weight[:, :, 0], bias, padding=self.padding[1:])
-            return frames_together(y, x.shape[0])
+        if x.shape[2] == 1:
+            return F.conv2d(x[:, :, 0], weight[:, :, 0], bias, padding=self.padding[1:])[:, :, None]
+        if winograd.pays(x, weight):
+            return winograd.convolve_frames(x, weight, bias, self.padding[1:])
         return F.conv3d(x, weight, bias, self.stride, self.padding)
 
 
