@@ -329,6 +329,18 @@ def test_checkpointing_goes_around_every_block():
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+def test_inference_takes_less_memory_and_gives_the_same(monkeypatch):
+    """Without autograd results are written over inputs, and the feed-forward network takes a piece at a time."""
+    dit = random_dit(TINY)
+    x, timestep, text = inputs(TINY, batch=2)
+    originals = x.clone(), text.clone()
+    monkeypatch.setattr(dit_module, "FEED_FORWARD_TOKENS", 7)
+    with torch.inference_mode():
+        got = dit(x, timestep, text)
+    assert torch.equal(x, originals[0]) and torch.equal(text, originals[1])
+    assert relative_error(got, dit(x, timestep, text)) < 1e-5
+
+
 def test_a_cache_may_replace_the_body():
     dit = random_dit(TINY)
     x, timestep, text = inputs(TINY)

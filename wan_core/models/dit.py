@@ -26,13 +26,14 @@ from torch.nn import functional as F
 from ..errors import ModelError
 from .attention import attention
 from .embedders import CameraAdapter, ImageEmbedding, sinusoid
-from .layers import Conv2d, Conv3d, LayerNorm, Linear, RMSNorm, widened
+from .layers import GELU, Conv2d, Conv3d, LayerNorm, Linear, RMSNorm, linear, widened
 
 LATENT_CHANNELS = 16
 PATCH = (1, 2, 2)  # frames, rows and columns of latents in one token
 HEAD_DIM = 128
 TEXT_ROWS = 512  # what the published models attend to: shorter texts are followed by zero rows
 EPS = 1e-6
+FEED_FORWARD_TOKENS = 8192  # whose hidden layer is held at a time
 
 # What a model reads beside the latents, by its number of input channels, in the order of the channels.
 CONCAT = {
@@ -166,7 +167,8 @@ class Step(NamedTuple):
     image: Tensor | None  # (b, m, dim)
     modulation: Tensor  # (b, 6, dim) fp32
     rope: Tensor  # (tokens, 1, head_dim / 2) complex64
-    attend: Callable[..., Tensor]
+    backend: str  # of attention, see attention.py
+    attend: Callable[..., Tensor]  # from the video to the video; sequence parallelism puts its own here
 
 
 def call(module: Callable, *args: Any) -> Any:
@@ -238,39 +240,59 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        # (b, n, dim) -> (b, n, heads, head_dim); the norm runs over all heads at once
-        q = rope(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), step.rope)
-        k = rope(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), step.rope)
-        v = self.v(x).unflatten(-1, (self.heads, -1))
-        return self.o(step.attend(q, k, v).flatten(-2))
+        """Tokens (b, n, dim) -> (b, n, dim)."""
+        return self.o(self.look(x, step).flatten(-2))
+
+    def look(self, x: Tensor, step: Step) -> Tensor:
+        q = rope(self.split(self.norm_q(self.q(x))), step.rope)
+        k = rope(self.split(self.norm_k(self.k(x))), step.rope)
+        return step.attend(q, k, self.split(self.v(x)))
+
+    def split(self, x: Tensor) -> Tensor:
+        """(b, n, dim) -> (b, n, heads, head_dim), after the norms, which run over all heads at once."""
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class CrossAttention(SelfAttention):
     """Queries from the video, keys and values from the text."""
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        return self.o(self.look(q, step).flatten(-2))
+    def look(self, x: Tensor, step: Step) -> Tensor:
+        return self.read(self.split(self.norm_q(self.q(x))), step)
 
-    def look(self, q: Tensor, step: Step) -> Tensor:
-        """(b, n, heads, head_dim) of queries -> what they find, in the same shape."""
-        k = self.norm_k(self.k(step.text)).unflatten(-1, (self.heads, -1))
-        v = self.v(step.text).unflatten(-1, (self.heads, -1))
-        return attention(q, k, v, step.text_bias)
+    def read(self, q: Tensor, step: Step) -> Tensor:
+        k = self.split(self.norm_k(self.k(step.text)))
+        return attention(q, k, self.split(self.v(step.text)), step.text_bias, step.backend)
 
 
 class ImageCrossAttention(CrossAttention):
-    """Looks at the image tokens too, with keys and values of their own."""
+    """Reads the image tokens too, with keys and values of their own."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__(dim, heads)
         self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
         self.norm_k_img = RMSNorm(dim, EPS)
 
-    def look(self, q: Tensor, step: Step) -> Tensor:
-        k = self.norm_k_img(self.k_img(step.image)).unflatten(-1, (self.heads, -1))
-        v = self.v_img(step.image).unflatten(-1, (self.heads, -1))
-        return super().look(q, step) + attention(q, k, v)
+    def read(self, q: Tensor, step: Step) -> Tensor:
+        k = self.split(self.norm_k_img(self.k_img(step.image)))
+        image = attention(q, k, self.split(self.v_img(step.image)), backend=step.backend)
+        return super().read(q, step) + image
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__(Linear(dim, hidden), GELU(), Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (b, n, dim) -> (b, n, dim).
+
+        The hidden layer is up to six times as wide as the tokens: without autograd it is made for a piece of the
+        tokens at a time, and the result takes the place of `x`.
+        """
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        for piece in x.split(FEED_FORWARD_TOKENS, dim=1):
+            piece.copy_(super().forward(piece))
+        return x
 
 
 class Block(nn.Module):
@@ -279,7 +301,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dim, heads)
         self.cross_attn = (ImageCrossAttention if image_tokens else CrossAttention)(dim, heads)
         self.norm3 = LayerNorm(dim, EPS)
-        self.ffn = nn.Sequential(Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), Linear(ffn_dim, dim))
+        self.ffn = FeedForward(dim, ffn_dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
@@ -299,7 +321,7 @@ class PatchEmbedding(Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         b, c, t, h, w = x.shape
         patches = x.reshape(b, c, t, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
-        return F.linear(patches, widened(self.weight, x).flatten(1), widened(self.bias, x))
+        return linear(patches, widened(self.weight, x).flatten(1), widened(self.bias, x))
 
 
 class Head(nn.Module):
@@ -345,7 +367,7 @@ class DiT(nn.Module):
         self.layout = layout
         dim = layout.dim
         self.patch_embedding = PatchEmbedding(layout.in_dim, dim)
-        self.text_embedding = nn.Sequential(Linear(layout.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
+        self.text_embedding = nn.Sequential(Linear(layout.text_dim, dim), GELU(), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(layout.frequency_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(
@@ -402,6 +424,7 @@ class DiT(nn.Module):
             image=None if slots.context_prefix is None else slots.context_prefix.to(dtype),
             modulation=modulation,
             rope=rope_table(*grid, self.layout.dim // self.layout.heads, x.device),
+            backend=run.attention,
             attend=functools.partial(attention, backend=run.attention),
         )
         x = run.body(functools.partial(self.advance, step=step, slots=slots, around=run.around), x.flatten(1, 3))

