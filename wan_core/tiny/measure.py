@@ -34,9 +34,18 @@ def most_common(indices: np.ndarray) -> str:
 
 
 def shape_mask(frames: np.ndarray) -> np.ndarray:
-    """Where the shape is, (frames, height, width) bool: the pixels unlike the median border pixel."""
+    """Where the shape is, (frames, height, width) bool: nearer to the foreground's colour than to the border's.
+
+    The foreground's colour is the median of what clearly differs from the median border pixel; without such
+    pixels the mask is empty.
+    """
     border = np.concatenate([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], axis=1).reshape(-1, 3)
-    return np.abs(frames - np.median(border, axis=0)).max(-1) > 0.25
+    background = np.median(border, axis=0)
+    different = np.abs(frames - background).max(-1) > 0.2
+    if not different.any():
+        return different
+    foreground = np.median(frames[different], axis=0)
+    return np.square(frames - foreground).sum(-1) < np.square(frames - background).sum(-1)
 
 
 def centers(mask: np.ndarray) -> np.ndarray:
@@ -72,14 +81,15 @@ def read_shape(frames: np.ndarray) -> str | None:
     """Circle, square or triangle by how much of its bounding box the shape fills (0.79, 1 and 0.5)."""
     fills = []
     for mask in shape_mask(frames):
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        # a row or column of the box holds two pixels or more: single ones are noise
+        rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
         if len(rows) > 2 and len(columns) > 2:
             box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
             fills.append(mask.sum() / box)
     if not fills:
         return None
     fill = float(np.median(fills))
-    return "square" if fill > 0.9 else "circle" if fill > 0.67 else "triangle"
+    return "square" if fill > 0.9 else "circle" if fill > 0.66 else "triangle"
 
 
 def read(frames: np.ndarray) -> Reading:

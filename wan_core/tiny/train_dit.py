@@ -28,7 +28,7 @@ from .train_text import TEMPLATES, captions
 from .train_vae import WIDTH
 
 LAYOUT = DiTLayout(dim=256, ffn_dim=512, layers=4, heads=2)
-CLIPS = {9: 10_000, 17: 6_000}  # frames of a clip: how many clips are made
+CLIPS = {9: 6_000, 17: 5_000}  # frames of a clip: how many clips are made
 SHIFT = 3.0  # small pictures need fewer of the noisiest levels than the published models' 5
 DROPPED_CAPTIONS = 0.1  # what classifier-free guidance compares with
 AVERAGING = 0.998
@@ -150,9 +150,9 @@ def train(out: Path, steps: int, batch: int, peak: float, seed: int, checkpoint_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     dit = train(arguments.out, arguments.steps, arguments.batch, arguments.learning_rate, arguments.seed)
