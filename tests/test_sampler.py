@@ -11,6 +11,7 @@ from comfyui_wanflow.wan_core.adapters.injection import Condition, Injection
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
 from comfyui_wanflow.wan_core.model import WanModel
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD
 from comfyui_wanflow.wan_core.offload.residency import Residency
 from comfyui_wanflow.wan_core.sampling.loop import Settings, sample
@@ -54,7 +55,7 @@ class FakeModel:
     def attached(self, device):
         self.attachments.append("in")
         try:
-            yield self.trunk
+            yield SimpleNamespace(trunk=self.trunk)
         finally:
             self.attachments.append("out")
 
@@ -72,7 +73,7 @@ def small():
     module = DiT(layout)
     torch.nn.init.normal_(module.head.head.weight, std=0.1)
     return WanModel(
-        module=module, name="small", device=torch.device("cpu"), compute_dtype=torch.float32,
+        module=Network(module), name="small", device=torch.device("cpu"), compute_dtype=torch.float32,
         residency=Residency(module), layout=layout,
     )  # fmt: skip
 
@@ -139,7 +140,7 @@ def test_merged_guidance_is_one_call_a_step_with_equal_numbers(small):
         torch.randn(1, length, 8, generator=torch.Generator().manual_seed(length)) for length in (5, 9)
     )
     calls = []
-    handle = small.module.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
+    handle = small.trunk.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
     apart = sample(small, positive, negative, canvas, Settings(0, 3))
     merged = sample(small, positive, negative, canvas, Settings(0, 3, cfg_merge=True))
     handle.remove()
@@ -214,7 +215,7 @@ def test_the_model_decides_type_and_attention_while_the_state_stays_float32(fiel
 class FramesInFront(Condition):
     """Two clean frames before the canvas, and a motion speed, to see that injections arrive."""
 
-    def inject(self, trunk, canvas):
+    def inject(self, network, canvas):
         frames = torch.full((1, 16, 2, canvas.height, canvas.width), 5.0)
         return Injection(prefix_frames=frames, time_add=torch.ones(1, 6, 128))
 

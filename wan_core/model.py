@@ -1,4 +1,4 @@
-"""The engines that travel on a graph's wires: a diffusion model, a text encoder, a VAE, each with its weights.
+"""The engines that travel on a graph's wires: a diffusion model, text and image encoders, a VAE, each with its weights.
 
 An engine is immutable; `with_…` returns a new handle on the same weights. What a run needs (copies on the compute
 device) is attached for the length of the run: `with engine.attached(device) as module: …`.
@@ -6,20 +6,29 @@ device) is attached for the length of the run: `with engine.attached(device) as 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import ModelError
 from .loading.catalog import Preset
 from .models.attention import check_backend
 from .models.dit import DiT, DiTLayout
+from .models.embedders import MotionController
+from .models.image_encoder import ImageEncoder
+from .models.network import Network
 from .models.text_encoder import UMT5Encoder
 from .models.tokenizer import MAX_TOKENS, Tokenizer, Tokens
+from .models.vace import VACE
 from .models.vae import VideoVAE
 from .offload.residency import Residency
+
+PARTS = {"vace": "VACE module", "motion_controller": "motion speed controller"}
+SIZES = {1536: " (1.3B)", 5120: " (14B)"}  # what users call a model of this width
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,39 +41,77 @@ class Engine:
     compute_dtype: torch.dtype
     residency: Residency
 
+    @property
+    def weights(self) -> tuple[Residency, ...]:
+        """All sets of weights that a run needs. Handles share them: each is in memory once."""
+        return (self.residency,)
+
     def total_bytes(self) -> int:
         """Bytes of all weights on the compute device."""
-        return self.residency.total_bytes()
+        return sum(weights.total_bytes() for weights in self.weights)
 
     def resident_bytes(self) -> int:
         """Bytes that `release` would give back; 0 where the weights are used in place."""
-        return self.residency.resident_bytes()
+        return sum(weights.resident_bytes() for weights in self.weights)
 
     def ensure(self, budget: int | None = None, device: torch.device | str | None = None) -> int:
         """Keep up to `budget` bytes of weights on the compute device (None: all); returns the bytes kept."""
-        return self.residency.ensure(budget, device or self.device)
+        kept = 0
+        for weights in self.weights:
+            kept += weights.ensure(None if budget is None else budget - kept, device or self.device)
+        return kept
 
     def release(self, amount: int | None = None) -> int:
         """Drop at least `amount` bytes from the compute device (None: all); returns the bytes freed."""
-        return self.residency.release(amount)
+        freed = 0
+        for weights in reversed(self.weights):
+            freed += weights.release(None if amount is None else max(0, amount - freed))
+        return freed
 
-    def attached(self, device: torch.device | str | None = None) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def attached(self, device: torch.device | str | None = None) -> Iterator[nn.Module]:
         """The module, ready to compute on `device` (the engine's own by default) inside the `with`. May nest."""
-        return self.residency.attached(device or self.device)
+        with ExitStack() as stack:
+            for weights in self.weights:
+                stack.enter_context(weights.attached(device or self.device))
+            yield self.module
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WanModel(Engine):
-    """A diffusion model: the trunk, what is known of it from its tensors, and how to run it."""
+    """A diffusion model: the trunk and what stands beside it, what is known of them, and how to run them.
 
-    module: DiT
+    `residency` holds the trunk's weights, `beside` those of the network's other parts by their names.
+    """
+
+    module: Network
     layout: DiTLayout
     attention: str = "auto"
     preset: Preset = field(default_factory=Preset)
+    beside: Mapping[str, Residency] = field(default_factory=dict)
 
     @property
     def trunk(self) -> DiT:
-        return self.module
+        return self.module.trunk
+
+    @property
+    def weights(self) -> tuple[Residency, ...]:
+        return (self.residency, *self.beside.values())
+
+    def with_module(self, part: VACE | MotionController) -> WanModel:
+        """The same trunk with `part` beside it, in the place of one of its kind.
+
+        Raises ModelError where the part was made for a trunk of another size.
+        """
+        name = "vace" if isinstance(part, VACE) else "motion_controller"
+        if not part.fits(self.layout.dim, self.layout.layers):
+            raise ModelError(
+                f"This {PARTS[name]} was made for models of {size_name(part.dim)}, but {self.name} is one of "
+                f"{size_name(self.layout.dim)} and {self.layout.layers} layers. Take the one for this size of model."
+            )
+        parts = {"vace": self.module.vace, "motion_controller": self.module.motion_controller, name: part}
+        residency = Residency(part, self.compute_dtype)
+        return replace(self, module=Network(self.trunk, **parts), beside={**self.beside, name: residency})
 
     def with_attention(self, backend: str) -> WanModel:
         """The same weights, attending by another backend. Raises InputError where it cannot be used."""
@@ -89,21 +136,41 @@ class WanTextEncoder(Engine):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class WanImageEncoder(Engine):
+    """Looks at pictures."""
+
+    module: ImageEncoder
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (n, H, W, 3) in 0..1, of any size -> features (n, 257, 1280) fp32 on the CPU."""
+        with self.attached() as module, torch.no_grad():
+            return module(images.to(self.device), self.compute_dtype).float().cpu()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class WanVAE(Engine):
     """Between pixels and raw latents (not normalised). Results are fp32 on the input's device."""
 
     module: VideoVAE
 
+    def attached(self, device: torch.device | str | None = None) -> AbstractContextManager[VideoVAE]:
+        """As for every engine, but always with all weights on the device: they are few, and convolutions reuse them."""
+        self.ensure(None, device)
+        return super().attached(device)
+
     def encode(self, pixels: Tensor, **tiling) -> Tensor:
         """(b, 3, 4n+1, 8h, 8w) in -1..1 -> (b, 16, n+1, h, w). Tiling: tiled, tile_size, tile_stride, as the VAE's."""
-        with self.attached() as module, torch.no_grad():
-            return module.encode(pixels.to(self.device, self.compute_dtype), **tiling).to(pixels.device, torch.float32)
+        with self.attached() as module:
+            return module.encode(pixels.to(self.compute_dtype), **tiling)
 
     def decode(self, latents: Tensor, **tiling) -> Tensor:
         """(b, 16, n+1, h, w) -> (b, 3, 4n+1, 8h, 8w) in -1..1. Tiling: tiled, tile_size, tile_stride, as the VAE's."""
-        with self.attached() as module, torch.no_grad():
-            pixels = module.decode(latents.to(self.device, self.compute_dtype), **tiling)
-            return pixels.to(latents.device, torch.float32)
+        with self.attached() as module:
+            return module.decode(latents.to(self.compute_dtype), **tiling)
+
+
+def size_name(dim: int) -> str:
+    return f"width {dim}{SIZES.get(dim, '')}"
 
 
 def _report(tokens: Tokens) -> str:

@@ -22,7 +22,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ...wan_core.errors import FileError, InputError
 from ...wan_core.model import Engine
-from .patcher import patcher_of
+from .patcher import patchers_of
 from .standalone import MODEL_ENDINGS, OutputFile
 
 __all__ = ["ComfyExtension", "host", "io"]
@@ -134,7 +134,7 @@ class ComfyHost:
     @contextmanager
     def attached(self, engine: Engine, memory_required: int = 0) -> Iterator[torch.nn.Module]:
         """As the stand-in's, after ComfyUI has made room for the engine and `memory_required` bytes of work space."""
-        comfy.model_management.load_models_gpu([patcher_of(engine)], memory_required=memory_required)
+        comfy.model_management.load_models_gpu(patchers_of(engine), memory_required=memory_required)
         with engine.attached() as module:
             yield module
 

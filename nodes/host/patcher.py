@@ -78,8 +78,9 @@ class EnginePatcher(ModelPatcher):
 _patchers: weakref.WeakKeyDictionary[Residency, EnginePatcher] = weakref.WeakKeyDictionary()
 
 
-def patcher_of(engine: Engine) -> EnginePatcher:
-    """The one patcher of the engine's weights, which several handles may share; it lives as long as they do."""
-    if engine.residency not in _patchers:
-        _patchers[engine.residency] = EnginePatcher(engine.residency, engine.device)
-    return _patchers[engine.residency]
+def patchers_of(engine: Engine) -> list[EnginePatcher]:
+    """One patcher for each set of weights, which several handles may share; it lives as long as they do."""
+    for weights in engine.weights:
+        if weights not in _patchers:
+            _patchers[weights] = EnginePatcher(weights, engine.device)
+    return [_patchers[weights] for weights in engine.weights]

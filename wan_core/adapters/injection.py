@@ -13,12 +13,13 @@ from enum import IntEnum
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
 from ..models.dit import CONCAT, DiT, Slots, Step
 from ..models.embedders import IMAGE_FEATURES
+from ..models.network import Network
 from ..size import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 
 IMAGE_TOKENS = 257  # of one CLIP image: one for the whole, 16 x 16 for its parts
@@ -166,5 +167,5 @@ class Condition(ABC):
     """Something a user gives beside the text. Frozen, and free of modules: latents, features, rays, numbers."""
 
     @abstractmethod
-    def inject(self, trunk: nn.Module, canvas: Canvas) -> Injection:
-        """Run the model's adapter on this condition; a `WanError` where model or sizes do not fit."""
+    def inject(self, network: Network, canvas: Canvas) -> Injection:
+        """Run the adapter of `network` (in its trunk or beside it) on this; a `WanError` where they do not fit."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from os import PathLike
 from pathlib import Path
 
@@ -37,6 +38,12 @@ class Checkpoint:
         self.metadata = dict(metadata)
         self.files = files
         self.description = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+    def part(self, belongs: Callable[[str], bool]) -> Checkpoint:
+        """Only those tensors whose names belong."""
+        part = copy(self)
+        part.shapes = {name: shape for name, shape in self.shapes.items() if belongs(name)}
+        return part
 
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name].dtype

@@ -37,10 +37,10 @@ KINDS = {
     "text_encoder": Kind("a UMT5 text encoder", "Load Wan Text Encoder", "models_t5_umt5-xxl-enc-bf16.pth"),
     "vae": Kind("a Wan 2.1 VAE", "Load Wan VAE", "Wan2.1_VAE.pth"),
     "image_encoder": Kind(
-        "a CLIP image encoder", "", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+        "a CLIP image encoder", "Load Wan Image Encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
     ),
-    "motion_controller": Kind("a motion speed controller", "", "model.safetensors"),
-    "vace_module": Kind("a VACE module", "", "Wan2_1-VACE_module_14B_bf16.safetensors"),
+    "motion_controller": Kind("a motion speed controller", "Add Wan Module", "model.safetensors"),
+    "vace_module": Kind("a VACE module", "Add Wan Module", "Wan2_1-VACE_module_14B_bf16.safetensors"),
     "lora": Kind("a LoRA", "", "my_lora.safetensors"),
 }  # fmt: skip
 

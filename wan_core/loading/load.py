@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from ..compute import compute_dtype, default_device
 from ..errors import FileError, InputError
-from ..model import WanModel, WanTextEncoder, WanVAE
+from ..model import WanImageEncoder, WanModel, WanTextEncoder, WanVAE
 from ..models.attention import check_backend
 from ..models.dit import DiT, DiTLayout
+from ..models.embedders import MotionController
+from ..models.image_encoder import ImageEncoder, ImageEncoderLayout
+from ..models.network import Network
 from ..models.text_encoder import UMT5Encoder, UMT5Layout
 from ..models.tokenizer import Tokenizer
+from ..models.vace import VACE, VACELayout
 from ..models.vae import VideoVAE
 from ..offload.residency import Residency, is_matrix
 from . import catalog
@@ -30,6 +34,8 @@ from .sources import resolve, tokenizer_folder
 
 # "auto" keeps every tensor as it is stored; the others convert the matrices, not norms, biases and modulations.
 WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+VACE_PREFIX = "vace_"  # of all its tensors, which lie beside the trunk's in whole models
 
 Source = str | os.PathLike | Iterable
 
@@ -49,13 +55,40 @@ def load_model(
     """
     backend = check_backend(attention)
     checkpoint = _open(source, "dit", folders)
-    if "vace_patch_embedding.weight" in checkpoint.shapes:
-        raise FileError(f"{checkpoint.description} is a VACE model, which this version cannot run. Load a T2V model.")
     layout = DiTLayout.from_shapes(checkpoint.shapes)
-    module = build(lambda: DiT(layout), checkpoint, weight_dtype)
+    trunk = build(lambda: DiT(layout), checkpoint.part(lambda name: not name.startswith(VACE_PREFIX)), weight_dtype)
     row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
     extras = {"preset": row.preset} if row else {}
-    return WanModel(layout=layout, attention=backend, **extras, **_engine(module, source, checkpoint, device))
+    engine = _engine(trunk, source, checkpoint, device) | {"module": Network(trunk)}
+    model = WanModel(layout=layout, attention=backend, **extras, **engine)
+    if vace := _vace(checkpoint, weight_dtype):
+        model = model.with_module(vace)
+    if row and "motion_controller" in row.files:
+        model = add_module(model, source, weight_dtype, folders)
+    return model
+
+
+def add_module(model: WanModel, source: Source, weight_dtype: str = "auto", folders: Iterable[Path] = ()) -> WanModel:
+    """`model` with a VACE module or a motion speed controller, which comes in a file of its own.
+
+    A whole VACE model is taken too: its VACE part is added. Other arguments as for `load_model`; raises FileError,
+    and ModelError where the module was made for models of another size.
+    """
+    row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
+    kind = "dit" if row and "vace" in row.adapters else "motion_controller" if row else "vace_module"
+    checkpoint = open_checkpoint(resolve(source, kind, folders))
+    if vace := _vace(checkpoint, weight_dtype):
+        return model.with_module(vace)
+    expect(identify(checkpoint.shapes), "motion_controller", checkpoint.description)
+    dim, frequency_dim = checkpoint.shapes["linear.0.weight"]
+    return model.with_module(build(lambda: MotionController(frequency_dim, dim), checkpoint, weight_dtype))
+
+
+def _vace(checkpoint: Checkpoint, weight_dtype: str) -> VACE | None:
+    layout = VACELayout.from_shapes(checkpoint.shapes)
+    if layout is None:
+        return None
+    return build(lambda: VACE(layout), checkpoint.part(lambda name: name.startswith(VACE_PREFIX)), weight_dtype)
 
 
 def load_text_encoder(
@@ -80,9 +113,21 @@ def load_vae(
 ) -> WanVAE:
     """Load a VAE; arguments and errors as for `load_model`."""
     checkpoint = _open(source, "vae", folders)
-    width = checkpoint.shapes["encoder.conv1.weight"][0]
-    module = build(lambda: VideoVAE(width), checkpoint, weight_dtype)
+    module = build(lambda: VideoVAE.from_shapes(checkpoint.shapes), checkpoint, weight_dtype)
     return WanVAE(**_engine(module, source, checkpoint, device))
+
+
+def load_image_encoder(
+    source: Source,
+    weight_dtype: str = "auto",
+    device: torch.device | str | None = None,
+    folders: Iterable[Path] = (),
+) -> WanImageEncoder:
+    """Load a CLIP image encoder; arguments and errors as for `load_model`. What Wan does not use of it stays unread."""
+    checkpoint = _open(source, "image_encoder", folders)
+    layout = ImageEncoderLayout.from_shapes(checkpoint.shapes)
+    module = build(lambda: ImageEncoder(layout), checkpoint.part(layout.reads), weight_dtype)
+    return WanImageEncoder(**_engine(module, source, checkpoint, device))
 
 
 def build(make: Callable[[], nn.Module], checkpoint: Checkpoint, weight_dtype: str = "auto") -> nn.Module:

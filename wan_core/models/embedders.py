@@ -65,10 +65,14 @@ class MotionController(nn.Module):
 
     def __init__(self, frequency_dim: int, dim: int):
         super().__init__()
-        self.frequency_dim = frequency_dim
+        self.frequency_dim, self.dim = frequency_dim, dim
         self.linear = nn.Sequential(
             Linear(frequency_dim, dim), nn.SiLU(), Linear(dim, dim), nn.SiLU(), Linear(dim, dim * 6)
         )
+
+    def fits(self, dim: int, trunk_layers: int) -> bool:
+        """Whether this was made for such a trunk; its layers do not matter."""
+        return self.dim == dim
 
     def forward(self, speed: Tensor) -> Tensor:
         return self.linear(sinusoid(speed * 10, self.frequency_dim)).unflatten(1, (6, -1))

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .dit import HEAD_DIM, Block, PatchEmbedding, Step
 from .layers import Linear
+
+
+ESSENTIAL = ("vace_patch_embedding.weight", "vace_blocks.0.ffn.0.weight")
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,14 @@ class VACELayout:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple]) -> VACELayout | None:
-        """The layout of the VACE part of a checkpoint, None where it has none."""
-        if "vace_patch_embedding.weight" not in shapes:
+        """The layout of the VACE part of a checkpoint, None where it has none; a `ModelError` where it has a half."""
+        found = [key in shapes for key in ESSENTIAL]
+        if not any(found):
             return None
+        if not all(found):
+            raise ModelError(
+                f"This VACE has no '{ESSENTIAL[found.index(False)]}'. Take an unmodified file of the model."
+            )
         dim, in_dim = shapes["vace_patch_embedding.weight"][:2]
         return cls(
             dim=dim,
@@ -61,6 +70,14 @@ class VACE(nn.Module):
         self.layout = layout
         self.vace_patch_embedding = PatchEmbedding(layout.in_dim, layout.dim)
         self.vace_blocks = nn.ModuleList(VACEBlock(layout, first=i == 0) for i in range(layout.layers))
+
+    @property
+    def dim(self) -> int:
+        return self.layout.dim
+
+    def fits(self, dim: int, trunk_layers: int) -> bool:
+        """Whether this was made for such a trunk."""
+        return self.dim == dim and len(self.places(trunk_layers)) == self.layout.layers
 
     def places(self, trunk_layers: int) -> range:
         """After which of the trunk's blocks a hint is added: spread evenly from the first."""

@@ -156,6 +156,6 @@ class Residency:
 
 
 def _copy_dtype(path: str, parameter: nn.Parameter, compute_dtype: torch.dtype | None) -> torch.dtype:
-    if compute_dtype is None or not path.startswith("blocks.") or not is_matrix(path, parameter):
+    if compute_dtype is None or not path.startswith(("blocks.", "vace_blocks.")) or not is_matrix(path, parameter):
         return parameter.dtype
     return min(parameter.dtype, compute_dtype, key=lambda dtype: dtype.itemsize)

@@ -81,12 +81,13 @@ def sample(
     check_latent(latent, settings)
     texts = [text.to(device) for text in prompts(positive, negative, latent, settings, model.layout.text_dim)]
     run = Run(compute_dtype=model.compute_dtype, attention=model.attention)
-    with model.attached(device) as trunk:
+    with model.attached(device) as network:
         canvas = Canvas(latent.shape[0], *latent.shape[2:], dtype=model.compute_dtype, device=device)
-        injection = total((condition.inject(trunk, canvas) for condition in conditions), neutral(trunk, canvas))
+        neutral_values = neutral(network.trunk, canvas)
+        injection = total((condition.inject(network, canvas) for condition in conditions), neutral_values)
 
         def predict(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-            return trunk(x, timestep, text, injection, run)
+            return network.trunk(x, timestep, text, injection, run)
 
         def report(i: int, clean: Tensor) -> None:
             if on_step is not None:
