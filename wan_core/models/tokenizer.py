@@ -69,13 +69,13 @@ class JsonVocabulary:
 
 
 class PieceVocabulary:
-    """A `spiece.model`, read by the `sentencepiece` library."""
+    """The content of a `spiece.model`, read by the `sentencepiece` library. `origin` names it in messages."""
 
-    def __init__(self, path: Path):
+    def __init__(self, model: bytes, origin: str | Path):
         try:
-            self.library = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise FileError(f"{path} is not a readable SentencePiece model ({error}). Download it again.") from error
+            self.library = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise FileError(f"{origin} is not a readable SentencePiece model ({error}). Download it again.") from error
 
     def encode(self, text: str) -> list[int]:
         return self.library.encode(text)
@@ -96,7 +96,8 @@ class Tokenizer:
         path = Path(path)
         for file in (path,) if path.is_file() else (path / "tokenizer.json", path / "spiece.model"):
             if file.is_file():
-                return cls(PieceVocabulary(file) if file.suffix == ".model" else JsonVocabulary(file))
+                pieces = file.suffix == ".model"
+                return cls(PieceVocabulary(file.read_bytes(), file) if pieces else JsonVocabulary(file))
         raise FileError(
             f"There is no tokenizer in {path}: it needs a tokenizer.json or a spiece.model. "
             "Download the folder google/umt5-xxl of Wan-AI/Wan2.1-T2V-1.3B and keep it beside the text encoder."

@@ -39,7 +39,7 @@ class Unit:
     def copied(self, device: torch.device) -> dict[str, nn.Parameter]:
         with torch.inference_mode(False), torch.no_grad():
             return {
-                name: nn.Parameter(p.to(device, self.dtypes[name], non_blocking=True), requires_grad=False)
+                name: nn.Parameter(p.to(device, self.dtypes[name]), requires_grad=False)
                 for name, p in self.stored.items()
             }
 
@@ -73,8 +73,10 @@ class Residency:
     def ensure(self, budget: int | None = None, device: torch.device | str | None = None) -> int:
         """Hold copies of up to `budget` bytes (None: of all) on `device`, first layers first; returns the bytes held.
 
-        A smaller budget than before shrinks, a negative one empties. During a run nothing shrinks or moves.
+        A smaller budget than before shrinks, a negative one empties. During a run nothing changes.
         """
+        if self._attached:
+            return self.resident_bytes()
         target = torch.device(device) if device is not None else self.device
         if target is None or target == self._rest:
             self.release()
