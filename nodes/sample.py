@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..wan_core.room import sampling_room
 from ..wan_core.sampling.loop import Settings, sample
 from ..wan_core.sampling.schedules import SOLVERS
 from ..wan_core.size import latent_shape, snap_size
@@ -137,7 +138,8 @@ class Sampler(io.ComfyNode):
         def on_step(step, steps, denoised):
             progress.update(step + 1, denoised)
 
-        with host.attached(model):
+        branches = 2 if cfg_merge and negative_text is not None else 1
+        with host.attached(model, sampling_room(model.layout, samples.shape, branches, model.compute_dtype)):
             result = sample(model, text, negative_text, samples, settings, conditions, on_step)
         return io.NodeOutput({"samples": result.to(host.intermediate_device())})
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ..wan_core.fit import FITS, fit_clip
+from ..wan_core.room import decoding_room, encoding_room
 from ..wan_core.size import FRAMES_PER_LATENT, PIXELS_PER_LATENT, snap_size
 from .host import host, io
 from .wires import WanVAE, latent_samples, number_pair
@@ -27,6 +31,13 @@ def tiling_inputs() -> list:
 def tiling(tiled: bool, tile_size: str, tile_stride: str) -> dict:
     size, stride = number_pair(tile_size, "tile_size"), number_pair(tile_stride, "tile_stride")
     return {"tiled": tiled, "tile_size": size, "tile_stride": stride}
+
+
+def room(estimate: Callable, vae: Any, picture: tuple[int, int], tiles: dict) -> int:
+    """The working memory to ask of the host; picture: (height, width) in pixels."""
+    if tiles["tiled"]:
+        picture = tuple(PIXELS_PER_LATENT * side for side in tiles["tile_size"])
+    return estimate(vae.module.encoder.conv1.out_channels, picture, vae.compute_dtype)
 
 
 class VAEEncode(io.ComfyNode):
@@ -67,8 +78,9 @@ class VAEEncode(io.ComfyNode):
         if note:
             host.say(note)
         pixels = clip.movedim(-1, 0)[None] * 2 - 1  # (F, H, W, 3) in 0..1 -> (1, 3, F, H, W) in -1..1
-        with host.attached(vae):
-            samples = vae.encode(pixels, **tiling(tiled, tile_size, tile_stride))  # (1, 16, T, h, w)
+        tiles = tiling(tiled, tile_size, tile_stride)
+        with host.attached(vae, room(encoding_room, vae, (height, width), tiles)):
+            samples = vae.encode(pixels, **tiles)  # (1, 16, T, h, w)
         samples = samples.float().to(host.intermediate_device())
         return io.NodeOutput({"samples": samples.repeat(batch, 1, 1, 1, 1)})
 
@@ -93,9 +105,10 @@ class VAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, latent, tiled, tile_size, tile_stride):
-        samples = latent_samples(latent)
-        with host.attached(vae):
-            pixels = vae.decode(samples, **tiling(tiled, tile_size, tile_stride))  # (b, 3, F, H, W) in -1..1
+        samples, tiles = latent_samples(latent), tiling(tiled, tile_size, tile_stride)
+        height, width = (PIXELS_PER_LATENT * side for side in samples.shape[3:])
+        with host.attached(vae, room(decoding_room, vae, (height, width), tiles)):
+            pixels = vae.decode(samples, **tiles)  # (b, 3, F, H, W) in -1..1
         images = (pixels.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1).flatten(0, 1)  # (b * F, H, W, 3) in 0..1
         return io.NodeOutput(images.to(host.intermediate_device()))
 

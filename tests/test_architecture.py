@@ -16,7 +16,7 @@ TOWER = (
     ("errors",),
     ("size", "compute", "fit", "saving", "offload", "loading.catalog", "loading.keymaps"),
     ("models", "video"),
-    ("adapters",),
+    ("adapters", "room"),
     ("model",),
     ("loading", "sampling"),
     ("training",),

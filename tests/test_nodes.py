@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from comfyui_wanflow.nodes.headless.core_nodes import NODES as CORE_NODES
 from comfyui_wanflow.nodes.headless.validate import validate
 from comfyui_wanflow.nodes.wires import conditioning_text, latent_samples, number_pair, refuse_noise_mask
 from comfyui_wanflow.wan_core.errors import InputError
+from comfyui_wanflow.wan_core.models.vae import VideoVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = {node.GET_SCHEMA().node_id: node for node in node_classes()}
@@ -166,9 +168,9 @@ def test_empty_latent_is_rounded_up_and_says_so(capsys):
 class EchoVAE:
     """Stands in for a VAE where only the shapes matter: latents are the mean of their pixels."""
 
-    def attached(self, device):
-        from contextlib import nullcontext
+    module, compute_dtype = VideoVAE(8), torch.float32
 
+    def attached(self, device):
         return nullcontext(self)
 
     def encode(self, pixels, tiled, tile_size, tile_stride):

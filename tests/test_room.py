@@ -1,0 +1,74 @@
+"""The estimates of working memory against a count of living tensors on the meta device, at true sizes."""
+
+import weakref
+
+import comfyui_wanflow.wan_core.models.dit as dit
+import pytest
+import torch
+from comfyui_wanflow.wan_core.models.vae import VideoVAE
+from comfyui_wanflow.wan_core.room import decoding_room, encoding_room, sampling_room
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+BF16 = torch.bfloat16
+
+
+class LivingTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside the `with`, and remembers the highest count."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make().requires_grad_(False).to(BF16)
+
+
+def assert_close_above(estimate, counted):
+    assert counted <= estimate <= 1.35 * counted, f"{estimate / 2**30:.2f} GiB, counted {counted / 2**30:.2f} GiB"
+
+
+@pytest.mark.parametrize("dim, ffn_dim", [(1536, 8960), (5120, 13824)])
+@pytest.mark.parametrize("latent", [(1, 16, 21, 60, 104), (2, 16, 21, 90, 160)])
+def test_sampling(monkeypatch, dim, ffn_dim, latent):
+    layout = dit.DiTLayout(dim=dim, ffn_dim=ffn_dim, layers=2, heads=dim // 128)
+    model = on_meta(lambda: dit.DiT(layout))
+    monkeypatch.setattr(dit, "pad_text", lambda text: (text, None))  # it looks at values, of which meta has none
+    x, time, text = (torch.empty(shape, device="meta") for shape in (latent, (1,), (latent[0], 512, 4096)))
+    with torch.inference_mode(), LivingTensors() as living:
+        model(x, time, text, run=dit.Run(compute_dtype=BF16))
+    assert_close_above(sampling_room(layout, latent, 1, BF16), living.peak)
+
+
+def test_coding():
+    vae = on_meta(VideoVAE)
+    latents = torch.empty(1, 16, 3, 60, 104, device="meta", dtype=BF16)
+    with torch.inference_mode(), LivingTensors() as living:
+        pixels = vae.decode(latents)
+    assert_close_above(decoding_room(96, (480, 832), BF16), living.peak - pixels.nbytes)
+    pixels = pixels.to(BF16)
+    with torch.inference_mode(), LivingTensors() as living:
+        vae.encode(pixels)
+    assert_close_above(encoding_room(96, (480, 832), BF16), living.peak)
