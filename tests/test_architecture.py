@@ -14,8 +14,8 @@ FILES = sorted(file for top in ("nodes", "wan_core") for file in (ROOT / top).rg
 # wan_core from the ground up: a part may use the floors below it, and nothing beside it.
 TOWER = (
     ("errors",),
-    ("size", "compute", "fit", "saving", "offload", "loading.catalog", "loading.keymaps"),
-    ("models", "video"),
+    ("size", "compute", "fit", "saving", "trajectory", "offload", "loading.catalog", "loading.keymaps"),
+    ("models", "video", "viewfinder"),
     ("adapters", "room"),
     ("model",),
     ("loading", "sampling"),
@@ -25,7 +25,7 @@ TOWER = (
 FLOOR = {part: number for number, parts in enumerate(TOWER) for part in parts}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview",
            "node_helpers", "nodes", "server"}  # fmt: skip
-KNOWN_TO_CORE = {"ftfy", "imageio_ffmpeg", "modelscope", "numpy", "PIL", "safetensors", "sentencepiece", "tokenizers",
+KNOWN_TO_CORE = {"ftfy", "gguf", "imageio_ffmpeg", "modelscope", "numpy", "PIL", "safetensors", "sentencepiece", "tokenizers",
                  "torch"}  # fmt: skip
 KNOWN_TO_ATTENTION = {"flash_attn", "flash_attn_interface", "sageattention"}
 
