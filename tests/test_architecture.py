@@ -25,8 +25,8 @@ TOWER = (
 FLOOR = {part: number for number, parts in enumerate(TOWER) for part in parts}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview",
            "node_helpers", "nodes", "server"}  # fmt: skip
-KNOWN_TO_CORE = {"ftfy", "gguf", "imageio_ffmpeg", "modelscope", "numpy", "PIL", "safetensors", "sentencepiece", "tokenizers",
-                 "torch"}  # fmt: skip
+KNOWN_TO_CORE = {"ftfy", "gguf", "imageio_ffmpeg", "modelscope", "numpy", "PIL", "safetensors", "sentencepiece",
+                 "tokenizers", "torch"}  # fmt: skip
 KNOWN_TO_ATTENTION = {"flash_attn", "flash_attn_interface", "sageattention"}
 
 
