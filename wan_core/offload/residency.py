@@ -54,7 +54,7 @@ class Residency:
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None):
         self.module = module
         self.device: torch.device | None = None  # of the copies
-        self._attached = 0
+        self._running_on: torch.device | None = None
         self._units = [
             Unit(layer, dict(own), {name: _copy_dtype(f"{path}.{name}", p, compute_dtype) for name, p in own.items()})
             for path, layer in module.named_modules()
@@ -75,9 +75,9 @@ class Residency:
 
         A smaller budget than before shrinks, a negative one empties. During a run nothing changes.
         """
-        if self._attached:
+        if self._running_on is not None:
             return self.resident_bytes()
-        target = torch.device(device) if device is not None else self.device
+        target = exact_device(device) if device is not None else self.device
         if target is None or target == self._rest:
             self.release()
             return 0
@@ -99,7 +99,7 @@ class Residency:
 
         Nothing is freed during a run.
         """
-        if self._attached:
+        if self._running_on is not None:
             return 0
         freed = 0
         for unit in reversed(self._units):
@@ -116,31 +116,29 @@ class Residency:
 
         Without an earlier `ensure` for this device every layer becomes resident. Runs may nest on one device.
         """
-        device = torch.device(device)
-        if self._attached:
-            if device != self.device and device != self._rest:
-                raise RuntimeError(f"These weights are in use on {self.device}; they cannot run on {device} as well.")
+        device = exact_device(device)
+        if self._running_on not in (None, device):
+            raise RuntimeError(f"These weights are in use on {self._running_on}; they cannot run on {device} as well.")
+        if self._running_on is not None:
             yield self.module
             return
-        if device == self._rest:
-            yield self.module
-            return
-        if device != self.device:
+        if device not in (self._rest, self.device):
             self.ensure(None, device)
+        units = self._units if device != self._rest else ()
         hooks = []
-        self._attached += 1
+        self._running_on = device
         try:
-            for unit in self._units:
+            for unit in units:
                 if unit.copies is not None:
                     unit.module._parameters.update(unit.copies)
                 else:
                     hooks += self._fetch_around_calls(unit, device)
             yield self.module
         finally:
-            self._attached -= 1
+            self._running_on = None
             for hook in hooks:
                 hook.remove()
-            for unit in self._units:
+            for unit in units:
                 unit.module._parameters.update(unit.stored)
 
     @staticmethod
@@ -155,6 +153,14 @@ class Residency:
             unit.module.register_forward_pre_hook(fetch),
             unit.module.register_forward_hook(drop, always_call=True),
         ]
+
+
+def exact_device(device: torch.device | str) -> torch.device:
+    """With its number: "cuda" and "cuda:0" are the same place and have to compare equal."""
+    device = torch.device(device)
+    if device.index is None and device.type not in ("cpu", "meta"):
+        return torch.empty(0, device=device).device
+    return device
 
 
 def _copy_dtype(path: str, parameter: nn.Parameter, compute_dtype: torch.dtype | None) -> torch.dtype:
