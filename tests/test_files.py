@@ -181,7 +181,7 @@ class TestBrokenFiles:
             (b"<!DOCTYPE html><html>", "web page.*download link"),
             (b"\n  <html>", "web page"),
             (b'{"error": "Entry not found"}', "a JSON text"),
-            (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
+            (b"GGUF\x03\x00\x00\x00", "cannot be read as GGUF"),
             (bytes(1000), "does not begin with a safetensors header"),
             (struct.pack("<Q", 40) + b"{" + b"x" * 100, "header is not readable"),
             (header_of({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}), "header is not readable"),

@@ -208,12 +208,6 @@ class TestStrictness:
         save_file(weights["dit"] | {"model_type.Wan2_1-T2V": torch.zeros(1)}, tmp_path / "a.safetensors")
         assert load_model(tmp_path / "a.safetensors").layout == DIT
 
-    def test_scaled_weights(self, tmp_path, weights):
-        scales = {"blocks.0.ffn.0.scale_weight": torch.ones(()), "scaled_fp8": torch.zeros(2)}
-        save_file(weights["dit"] | scales, tmp_path / "a.safetensors")
-        with pytest.raises(FileError, match="quantised with scales.*bf16, fp16 or plain fp8"):
-            load_model(tmp_path / "a.safetensors")
-
 
 class TestEngines:
     def test_a_model_computes_with_the_weights_of_its_file(self, files, weights):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from .keymaps import published_names
+from ..models.packed import Packed
+from .gguf_files import open_gguf
+from .keymaps import STACKED, published_names
 from .mapped import Entry, open_safetensors
 from .pickled import open_pickle
+from .scales import fold_scales
 from .shards import complete
 
 # What people find under a checkpoint's name instead of it: the first bytes, and what to do.
@@ -21,7 +25,6 @@ IMPOSTORS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights. Run 'git lfs pull', or download the file itself"),
     (b"<", "a web page, not the weights. Use the download link of the file, not the link of the page that shows it"),
     (b"{", "a JSON text, not the weights. Give the .safetensors or .pth file"),
-    (b"GGUF", "a GGUF file, which WanFlow cannot read yet. Take the .safetensors file of the same model"),
 )
 
 
@@ -33,11 +36,12 @@ class Checkpoint:
     """
 
     def __init__(self, entries: Mapping[str, Entry], metadata: Mapping[str, str], files: list[Path]):
-        self._entries = {name: entries[stored] for name, stored in published_names(entries).items()}
+        self.description = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+        named = {name: entries[stored] for name, stored in published_names(entries).items()}
+        self._entries = _arranged(fold_scales(named, metadata, self.description))
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.metadata = dict(metadata)
         self.files = files
-        self.description = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
     def part(self, belongs: Callable[[str], bool]) -> Checkpoint:
         """Only those tensors whose names belong."""
@@ -49,7 +53,12 @@ class Checkpoint:
         return self._entries[name].dtype
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor as stored, backed by the mapped file. Usable for training even inside inference mode."""
+        """The tensor as stored, backed by the mapped file; the numbers in fp32 of what is stored packed."""
+        stored = self.stored(name)
+        return stored.numbers() if isinstance(stored, Packed) else stored
+
+    def stored(self, name: str) -> Tensor | Packed:
+        """The tensor or packed weight, backed by the mapped file. Usable for training even inside inference mode."""
         with torch.inference_mode(False):
             return self._entries[name].read()
 
@@ -87,6 +96,8 @@ def _open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if not start:
         raise FileError(f"{path} is empty: its download never began. Download it again.")
     # The content decides, not the suffix: renamed files are common.
+    if start.startswith(b"GGUF"):
+        return open_gguf(path)
     if start[5:9] == b"\0\0\0{":  # a header length below a terabyte, then the header
         return open_safetensors(path)
     if start.startswith((b"PK", b"\x80")):
@@ -96,7 +107,39 @@ def _open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise FileError(f"{path} is {what}.")
     if path.suffix == ".safetensors":
         raise FileError(f"{path} is damaged: it does not begin with a safetensors header. Download it again.")
-    raise FileError(f"{path} is not a checkpoint. WanFlow reads .safetensors files and .pth, .pt, .ckpt, .bin pickles.")
+    raise FileError(f"{path} is not a checkpoint. WanFlow reads .safetensors, .gguf and .pth, .pt, .ckpt, .bin files.")
+
+
+def _arranged(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Tensors that other layouts store in other shapes, as the marks at the end of their names say (see keymaps)."""
+    arranged: dict[str, Entry] = {}
+    stacks: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        if part := STACKED.match(name):
+            stacks.setdefault(part["name"], {})[part["place"]] = entry
+        elif name.endswith("[None]"):
+            shape = (1,) * name.count("[None]") + entry.shape
+            arranged[name.replace("[None]", "")] = Entry(shape, entry.dtype, partial(_reshaped, entry, shape))
+        else:
+            arranged[name] = entry
+    for name, places in stacks.items():
+        parts = [places[place] for place in sorted(places)]
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        arranged[name] = Entry(shape, parts[0].dtype, partial(_stacked, parts))
+    return arranged
+
+
+def _reshaped(entry: Entry, shape: tuple[int, ...]) -> Tensor:
+    return _numbers(entry).reshape(shape)
+
+
+def _stacked(parts: list[Entry]) -> Tensor:
+    return torch.cat([_numbers(part) for part in parts])
+
+
+def _numbers(entry: Entry) -> Tensor:
+    stored = entry.read()
+    return stored.numbers() if isinstance(stored, Packed) else stored
 
 
 def _held(tensor: Tensor) -> Entry:

@@ -24,14 +24,14 @@ class Layout:
     """Another program's names for the same tensors: `rules` are applied to each name in turn."""
 
     name: str
-    marker: str  # a name that only this layout has
+    markers: tuple[str, ...]  # names that only this layout has, any of which tells it
     rules: tuple[tuple[str, str], ...]  # pairs of a regular expression and its replacement
 
 
 LAYOUTS = (
     Layout(
         "Diffusers",
-        "condition_embedder.time_proj.weight",
+        ("condition_embedder.time_proj.weight",),
         (
             (r"\.attn1\.", ".self_attn."),
             (r"\.attn2\.", ".cross_attn."),
@@ -61,23 +61,84 @@ LAYOUTS = (
         ),
     ),
     Layout(
-        "Hugging Face",
-        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "Hugging Face UMT5",
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "block.0.layer.0.SelfAttention.q.weight"),
         (
             (r"^shared\.", "token_embedding."),
-            (r"^encoder\.embed_tokens\.", "token_embedding."),  # a tied copy, where it is stored
-            (r"^encoder\.final_layer_norm\.", "norm."),
-            (r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.",
+            (r"^(?:encoder\.)?embed_tokens\.", "token_embedding."),  # a tied copy, where it is stored
+            (r"^(?:encoder\.)?final_layer_norm\.", "norm."),
+            (r"^(?:encoder\.)?block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.",
              r"blocks.\1.pos_embedding.embedding."),
-            (r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
-            (r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
-            (r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
-            (r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"blocks.\1.ffn.gate.0."),
-            (r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
-            (r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"blocks.\1.ffn.fc2."),
+            (r"^(?:encoder\.)?block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
+            (r"^(?:encoder\.)?block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
+            (r"^(?:encoder\.)?block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
+            (r"^(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"blocks.\1.ffn.gate.0."),
+            (r"^(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
+            (r"^(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"blocks.\1.ffn.fc2."),
         ),
     ),
+    Layout(
+        "llama.cpp UMT5",
+        ("enc.blk.0.attn_q.weight",),
+        (
+            (r"^token_embd\.", "token_embedding."),
+            (r"^enc\.output_norm\.", "norm."),
+            (r"^enc\.blk\.(\d+)\.attn_([qkvo])\.", r"blocks.\1.attn.\2."),
+            (r"^enc\.blk\.(\d+)\.attn_norm\.", r"blocks.\1.norm1."),
+            (r"^enc\.blk\.(\d+)\.attn_rel_b\.", r"blocks.\1.pos_embedding.embedding."),
+            (r"^enc\.blk\.(\d+)\.ffn_norm\.", r"blocks.\1.norm2."),
+            (r"^enc\.blk\.(\d+)\.ffn_gate\.", r"blocks.\1.ffn.gate.0."),
+            (r"^enc\.blk\.(\d+)\.ffn_up\.", r"blocks.\1.ffn.fc1."),
+            (r"^enc\.blk\.(\d+)\.ffn_down\.", r"blocks.\1.ffn.fc2."),
+        ),
+    ),
+    Layout(
+        "Diffusers VAE",
+        ("encoder.mid_block.attentions.0.to_qkv.weight", "decoder.mid_block.attentions.0.to_qkv.weight"),
+        (
+            (r"^quant_conv\.", "conv1."),
+            (r"^post_quant_conv\.", "conv2."),
+            (r"\.norm1\.", ".residual.0."),
+            (r"(?<=\.\d)\.conv1\.", ".residual.2."),
+            (r"\.norm2\.", ".residual.3."),
+            (r"(?<=\.\d)\.conv2\.", ".residual.6."),
+            (r"\.conv_shortcut\.", ".shortcut."),
+            (r"\.conv_in\.", ".conv1."),
+            (r"\.norm_out\.", ".head.0."),
+            (r"\.conv_out\.", ".head.2."),
+            (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+            (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+            (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+            (r"\.down_blocks\.", ".downsamples."),
+            # the published decoder counts its blocks through: three residual blocks and an upsampling a level
+            *((rf"\.up_blocks\.{level}\.resnets\.{i}\.", f".upsamples.{level * 4 + i}.")
+              for level in range(4) for i in range(3)),
+            *((rf"\.up_blocks\.{level}\.upsamplers\.0\.", f".upsamples.{level * 4 + 3}.") for level in range(3)),
+        ),
+    ),
+    Layout(
+        "Hugging Face CLIP",
+        ("vision_model.embeddings.class_embedding",),
+        (
+            (r"^vision_model\.embeddings\.class_embedding$", "visual.cls_embedding[None][None]"),
+            (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.pos_embedding[None]"),
+            (r"^vision_model\.embeddings\.patch_embedding\.", "visual.patch_embedding."),
+            (r"^vision_model\.pre_layrnorm\.", "visual.pre_norm."),
+            (r"^vision_model\.post_layernorm\.", "visual.post_norm."),
+            (r"^vision_model\.encoder\.layers\.", "visual.transformer."),
+            *((rf"\.self_attn\.{name}_proj\.(\w+)$", rf".attn.to_qkv.\1[{i}]") for i, name in enumerate("qkv")),
+            (r"\.self_attn\.out_proj\.", ".attn.proj."),
+            (r"\.layer_norm([12])\.", r".norm\1."),
+            (r"\.mlp\.fc1\.", ".mlp.0."),
+            (r"\.mlp\.fc2\.", ".mlp.2."),
+        ),
+    ),
+    Layout("CLIP's visual tower alone", ("cls_embedding",), ((r"^", "visual."),)),
 )  # fmt: skip
+
+# Marks that a rule may leave at the end of a name: "[0]", "[1]", … are the rows of one published tensor, in this order;
+# each "[None]" is one more side in front.
+STACKED = re.compile(r"^(?P<name>.+)\[(?P<place>\d)\]$")
 
 
 def is_marker(name: str) -> bool:
@@ -101,7 +162,7 @@ def _common_prefix(names: Mapping[str, str]) -> str | None:
 
 def find_layout(names: Mapping[str, str]) -> Layout | None:
     """The foreign layout these names are in; None means the published one, or something unknown."""
-    return next((layout for layout in LAYOUTS if layout.marker in names), None)
+    return next((layout for layout in LAYOUTS if any(marker in names for marker in layout.markers)), None)
 
 
 def published_names(stored_names: Iterable[str]) -> dict[str, str]:

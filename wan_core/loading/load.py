@@ -21,8 +21,9 @@ from ..models.dit import DiT, DiTLayout
 from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder, ImageEncoderLayout
 from ..models.network import Network
+from ..models.packed import Packed, keep_packed
 from ..models.text_encoder import UMT5Encoder, UMT5Layout
-from ..models.tokenizer import Tokenizer
+from ..models.tokenizer import PieceVocabulary, Tokenizer
 from ..models.vace import VACE, VACELayout
 from ..models.vae import VideoVAE
 from ..offload.residency import Residency, is_matrix
@@ -35,6 +36,7 @@ from .sources import resolve, tokenizer_folder
 # "auto" keeps every tensor as it is stored; the others convert the matrices, not norms, biases and modulations.
 WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+EMBEDDED_TOKENIZER = "spiece_model"  # ComfyUI's repackaged text encoders hold it as a tensor of bytes
 VACE_PREFIX = "vace_"  # of all its tensors, which lie beside the trunk's in whole models
 
 Source = str | os.PathLike | Iterable
@@ -99,7 +101,11 @@ def load_text_encoder(
 ) -> WanTextEncoder:
     """Load a text encoder with its tokenizer; arguments and errors as for `load_model`."""
     checkpoint = _open(source, "text_encoder", folders)
-    tokenizer = Tokenizer.open(tokenizer_folder(source, checkpoint.files, folders))
+    if EMBEDDED_TOKENIZER in checkpoint.shapes:
+        pieces = bytes(checkpoint.tensor(EMBEDDED_TOKENIZER).tolist())
+        tokenizer = Tokenizer(PieceVocabulary(pieces, checkpoint.description))
+    else:
+        tokenizer = Tokenizer.open(tokenizer_folder(source, checkpoint.files, folders))
     layout = UMT5Layout.from_shapes(checkpoint.shapes)
     module = build(lambda: UMT5Encoder(layout), checkpoint, weight_dtype)
     return WanTextEncoder(tokenizer=tokenizer, **_engine(module, source, checkpoint, device))
@@ -141,10 +147,15 @@ def build(make: Callable[[], nn.Module], checkpoint: Checkpoint, weight_dtype: s
         module = make()
     _check_names({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, checkpoint)
     with torch.inference_mode(False), torch.no_grad():
-        tensors = {
-            name: _converted(name, checkpoint.tensor(name), WEIGHT_DTYPES[weight_dtype]) for name in module.state_dict()
-        }
-        module.load_state_dict(tensors, assign=True)
+        tensors = {}
+        for name in module.state_dict():
+            stored, dtype = checkpoint.stored(name), WEIGHT_DTYPES[weight_dtype]
+            if isinstance(stored, Packed):
+                if dtype is None and keep_packed(module, name, stored):
+                    continue
+                stored = stored.numbers(dtype or torch.float32)
+            tensors[name] = _converted(name, stored, dtype)
+        module.load_state_dict(tensors, assign=True, strict=False)  # the names were checked, packed ones are in place
     return module.requires_grad_(False).eval()
 
 
@@ -174,12 +185,6 @@ def _engine(module: nn.Module, source: Source, checkpoint: Checkpoint, device: t
 
 def _check_names(wanted: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
     found = checkpoint.shapes
-    scales = [name for name in found if name.endswith((".scale_weight", ".weight_scale", ".comfy_quant"))]
-    if scales:
-        raise FileError(
-            f"{checkpoint.description} holds weights quantised with scales ('{scales[0]}' and {len(scales) - 1} more), "
-            "which WanFlow cannot read yet. Take the bf16, fp16 or plain fp8 file of the same model."
-        )
     problems = [
         _some("lacks", [name for name in wanted if name not in found]),
         _some("has the unknown", [name for name in found if name not in wanted and not is_marker(name)]),

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
+from ..models.packed import Packed
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,  # exponents alone; torch has a type for them from 2.7 on
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
@@ -37,7 +39,7 @@ class Entry:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor | Packed]
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -53,7 +55,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     _check_size(path, start + longest)
     if not consistent:
         raise _damaged(path)
-    mapped = _map(path)
+    mapped = map_file(path)
     entries = {}
     for name, (stored_type, shape, begin, _) in rows.items():
         if stored_type not in DTYPES:
@@ -61,7 +63,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 f"{path} stores '{name}' as {stored_type}, which WanFlow cannot read. Take the bf16 or fp16 file."
             )
         dtype = DTYPES[stored_type]
-        entries[name] = Entry(shape, dtype, partial(_view, mapped, start + begin, shape, dtype))
+        entries[name] = Entry(shape, dtype, partial(view, mapped, start + begin, shape, dtype))
     return entries, metadata
 
 
@@ -98,7 +100,7 @@ def _damaged(path: Path) -> FileError:
     return FileError(f"{path} is damaged: its safetensors header is not readable. Download it again.")
 
 
-def _map(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
     """The file as copy-on-write memory: a tensor may be written to, which changes neither file nor other readers."""
     with path.open("rb") as file:
         if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
@@ -107,7 +109,7 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def _view(mapped: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def view(mapped: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor over a part of the mapping, which lives as long as the tensor does."""
     count = math.prod(shape)
     if not count:

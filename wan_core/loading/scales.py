@@ -1,0 +1,100 @@
+"""Quantised weights and the scales beside them become one packed entry.
+
+Three generations of files name them differently: `scale_weight` (ComfyUI until 2025, musubi-tuner), `weight_scale`
+with a `comfy_quant` note for each layer or one for the file (ComfyUI since). What a weight's packing is follows from
+the types and shapes; the notes are read only for what WanFlow does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import FileError
+from ..models.packed import Packed, Unpack
+from ..models.packings import MXFP8_BLOCK, NVFP4_BLOCK, rows_of_tiles, unpack_mxfp8, unpack_nvfp4, unpack_scaled
+from .mapped import Entry
+
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise")
+# Scales of a layer's input, for programs that multiply in eight bits, and the note on the layer.
+UNUSED = (".scale_input", ".input_scale", ".comfy_quant")
+
+
+def fold_scales(entries: Mapping[str, Entry], metadata: Mapping[str, str], description: str) -> dict[str, Entry]:
+    """The same entries (published names), each weight that has scales packed together with them.
+
+    Raises FileError for a quantisation that WanFlow does not know.
+    """
+    for note in _notes(entries, metadata, description):
+        known = note.get("format") in FORMATS
+        if not known or note.get("convrot") or note.get("params", {}).get("convrot"):
+            name = f"{note.get('format')}{', rotated' if known else ''}"
+            raise _refusal(description, f"quantised in a way that WanFlow cannot read ({name})")
+    folded = {name: entry for name, entry in entries.items() if not name.endswith(UNUSED)}
+    for name, weight in entries.items():
+        layer = name.removesuffix("weight")
+        scale = next((s for s in (f"{layer}scale_weight", f"{layer}weight_scale") if s in entries), None)
+        if layer != name and scale:
+            parts = {"weight": weight, "scale": folded.pop(scale)}
+            if second := folded.pop(f"{layer}weight_scale_2", None):
+                parts = {"weight": weight, "block_scale": parts["scale"], "scale": second}
+            folded[name] = _packed_entry(parts, f"{description}: '{name}'")
+    return folded
+
+
+def _notes(entries: Mapping[str, Entry], metadata: Mapping[str, str], description: str) -> Iterator[dict]:
+    """What the file says about the quantisation of its layers."""
+    try:
+        yield from json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {}).values()
+        for name, entry in entries.items():
+            if name.endswith(".comfy_quant"):
+                yield json.loads(bytes(entry.read().tolist()))
+    except (ValueError, AttributeError) as error:
+        raise FileError(f"{description} has a damaged note on its quantisation. Download it again.") from error
+
+
+def _packed_entry(parts: Mapping[str, Entry], what: str) -> Entry:
+    weight, scale = parts["weight"], parts["scale"]
+    rows, columns = (*weight.shape, 0)[:2]
+    if weight.dtype == torch.uint8 and "block_scale" in parts:
+        shape, unpack = (rows, columns * 2), unpack_nvfp4
+        arrange = {"block_scale": partial(_fp8_tiles, rows=rows, columns=columns * 2 // NVFP4_BLOCK)}
+    elif weight.dtype in NARROW[:2] and scale.dtype == torch.uint8:
+        shape, unpack = weight.shape, unpack_mxfp8
+        arrange = {"scale": partial(rows_of_tiles, rows=rows, columns=columns // MXFP8_BLOCK)}
+    elif weight.dtype in NARROW and scale.dtype.is_floating_point and _fits(scale.shape, rows, columns):
+        shape, unpack, arrange = weight.shape, unpack_scaled, {}
+        if scale.shape and scale.shape != (1,):
+            arrange = {"scale": lambda scale: scale.reshape(rows, -1)}
+    else:
+        kinds = f"{weight.dtype} {list(weight.shape)} with scales {scale.dtype} {list(scale.shape)}"
+        raise _refusal(what, f"quantised in a way that WanFlow cannot read ({kinds})")
+    return Entry(shape, weight.dtype, lambda: _read(shape, parts, unpack, arrange))
+
+
+def _fits(scale: tuple[int, ...], rows: int, columns: int) -> bool:
+    """Whether these are one scale, one for each row, or (rows, blocks) with or without a last side of one."""
+    if scale in ((), (1,), (rows,)):
+        return True
+    return len(scale) in (2, 3) and scale[0] == rows and columns % scale[1] == 0 and scale[2:] in ((), (1,))
+
+
+def _read(shape: tuple[int, ...], parts: Mapping[str, Entry], unpack: Unpack, arrange: Mapping) -> Packed:
+    tensors = {name: entry.read() for name, entry in parts.items()}
+    tensors |= {name: function(tensors[name]) for name, function in arrange.items()}
+    if tensors["scale"].numel() == 1:
+        tensors["scale"] = tensors["scale"].reshape(())
+    return Packed(shape, tensors, unpack)
+
+
+def _fp8_tiles(tiled: Tensor, rows: int, columns: int) -> Tensor:
+    return rows_of_tiles(tiled.view(torch.uint8), rows, columns).view(torch.float8_e4m3fn)
+
+
+def _refusal(what: str, problem: str) -> FileError:
+    return FileError(f"{what} is {problem}. Take the bf16, fp16, fp8 or GGUF file of the same model.")

@@ -1,0 +1,87 @@
+"""Layers whose weight stays as its file packs it, in fewer bits than are computed with.
+
+Each call unpacks the weight, uses the numbers and drops them, so that memory holds the packed form alone. The parts of
+a packed weight (its bits and their scales) are ordinary parameters: they move between devices as all others do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Linear, linear, widened
+
+Unpack = Callable[[Mapping[str, Tensor], torch.dtype], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight of `shape` in some packing.
+
+    `parts` holds "weight" (rows, …) and the packing's scales, each a single number or one row for each row of the
+    weight; `unpack(parts, dtype)` makes the numbers of the rows that it is given.
+    """
+
+    shape: tuple[int, ...]
+    parts: Mapping[str, Tensor]
+    unpack: Unpack
+
+    def numbers(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.unpack(self.parts, dtype).reshape(self.shape)
+
+
+class PackedLinear(Linear):
+    """A Linear with a packed weight; `weight` holds its bits, `numbers` tells what they mean."""
+
+    def __init__(self, layer: nn.Linear, packed: Packed):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        hold(self, packed)
+        self.bias = layer.bias
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) in `dtype`, made anew."""
+        return self.unpack({name: getattr(self, name) for name in self.part_names}, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.numbers(x.dtype), widened(self.bias, x))
+
+
+class PackedEmbedding(nn.Embedding):
+    """An embedding with a packed table, of which only the rows asked for are unpacked, to fp32."""
+
+    def __init__(self, layer: nn.Embedding, packed: Packed):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
+        hold(self, packed)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        parts = {name: getattr(self, name) for name in self.part_names}
+        return self.unpack({name: part[tokens] if part.ndim else part for name, part in parts.items()}, torch.float32)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+def hold(layer: PackedLinear | PackedEmbedding, packed: Packed) -> None:
+    """Make the parts the layer's parameters."""
+    layer.unpack, layer.part_names = packed.unpack, tuple(packed.parts)
+    for name, part in packed.parts.items():
+        layer.register_parameter(name, nn.Parameter(part, requires_grad=False))
+
+
+KINDS = {Linear: PackedLinear, nn.Embedding: PackedEmbedding}
+
+
+def keep_packed(module: nn.Module, name: str, packed: Packed) -> bool:
+    """Let the layer whose parameter this is hold it packed. False where its kind of layer needs the numbers."""
+    path, _, parameter = name.rpartition(".")
+    layer = module.get_submodule(path)
+    kind = KINDS.get(type(layer))
+    if parameter != "weight" or kind is None:
+        return False
+    module.set_submodule(path, kind(layer, packed))
+    return True
