@@ -1,17 +1,23 @@
-"""Writes the example workflows: `python -m comfyui_wanflow.example_workflows.build`.
+"""Writes the example workflows: `python -m comfyui_wanflow.example_workflows.build [VIDEO ...]`.
 
 Each is written twice from one description: `api/<name>.json` for `wanflow run` and ComfyUI's queue, `<name>.json` with
-positions and wires for ComfyUI's editor, where it appears among the templates.
+positions and wires for ComfyUI's editor, where it appears among the templates. A video that `wanflow run <name>` has
+saved becomes the template's picture, `<name>.jpg`.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from ..nodes import node_classes
 from ..wan_core.loading import catalog
+from ..wan_core.video import read_video
 
 FOLDER = Path(__file__).parent
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -132,7 +138,19 @@ def files() -> dict[Path, str]:
     return {path: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for path, content in texts.items()}
 
 
+def picture(video: Path, count: int = 4, side: int = 256) -> Path:
+    """`count` frames of `<name>_00001_.mp4` side by side, each of `side` pixels, as `<name>.jpg`."""
+    frames, _ = read_video(video)
+    chosen = frames[torch.linspace(0, len(frames) - 1, count).round().int()]  # (count, H, W, 3)
+    strip = (chosen.movedim(0, 1).flatten(1, 2) * 255).round().to(torch.uint8)  # (H, count * W, 3)
+    path = FOLDER / f"{video.stem.rstrip('_0123456789')}.jpg"
+    Image.fromarray(strip.numpy()).resize((count * side, side), Image.Resampling.LANCZOS).save(path, quality=90)
+    return path
+
+
 if __name__ == "__main__":
     for path, text in files().items():
         path.write_text(text, encoding="utf-8")
         print(path)
+    for video in sys.argv[1:]:
+        print(picture(Path(video)))
