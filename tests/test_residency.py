@@ -122,7 +122,9 @@ class TestRuns:
         weights = Residency(net)
         weights.ensure(0, "meta")
         seen = []
-        hook = net.blocks[1].layer.register_forward_hook(lambda layer, _, y: seen.append((layer.weight.device, y.device)))
+        hook = net.blocks[1].layer.register_forward_hook(
+            lambda layer, _, y: seen.append((layer.weight.device, y.device))
+        )
         with weights.attached("meta") as module:
             assert devices(module) == {"cpu"}
             assert module(torch.randn(2, 64, device="meta")).device.type == "meta"
