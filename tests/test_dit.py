@@ -240,6 +240,7 @@ def test_published_motion_controller_is_built():
         ({"face_adapter.fuser.0.weight": (5120, 5120)}, "Wan 2.2 Animate"),
         ({"audio_proj.proj1.weight": (512, 5120)}, "MultiTalk"),
         ({"patch_embedding.weight": (5120, 20, 1, 2, 2)}, "20 input channels"),
+        ({"patch_embedding.weight": (96, 16, 1, 2, 2)}, "width 96"),
         ({"head.head.weight": None}, "no 'head.head.weight'"),
     ],
 )
@@ -389,10 +390,23 @@ def test_attention_is_the_formula():
     torch.testing.assert_close(attention(q, k, v, bias), expected)
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "flash2", "flash3", "sage"])
-def test_every_backend_name_works_on_a_cpu(backend):
+def test_optional_kernels_are_called_where_they_fit(monkeypatch):
     q = torch.randn(1, 5, 2, 16)
-    torch.testing.assert_close(attention(q, q, q, backend=backend), attention(q, q, q))
+    monkeypatch.setattr(attention_module, "_kernel", lambda name: lambda q, k, v: name)
+    monkeypatch.setattr(attention_module, "fits_packages", lambda q: True)
+    assert attention(q, q, q, backend="flash2") == "flash2"
+    plain = attention(q, q, q, backend="sdpa")
+    torch.testing.assert_close(attention(q, q, q, torch.zeros(5), backend="flash2"), plain)  # it knows no bias
+
+
+def test_a_kernel_that_does_not_fit_is_replaced_and_said_once(caplog):
+    attention_module._say_refused.cache_clear()
+    q = torch.randn(1, 5, 2, 16)
+    for _ in range(2):
+        torch.testing.assert_close(attention(q, q, q, backend="sage"), attention(q, q, q))
+    assert [record.getMessage() for record in caplog.records] == [
+        "The attention backend 'sage' does not know float32 on cpu: 'sdpa' is used instead."
+    ]
 
 
 def test_backends_that_cannot_be_used_are_named(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 
 import torch
@@ -64,8 +65,20 @@ def check_backend(name: str) -> str:
     return name
 
 
-def _auto(device: torch.device) -> str:
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
+def fits_packages(q: Tensor) -> bool:
+    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _say_refused(name: str, dtype: str, device: str) -> None:
+    """Once for each case."""
+    logging.getLogger("WanFlow").warning(
+        "The attention backend '%s' does not know %s on %s: 'sdpa' is used instead.", name, dtype, device
+    )
+
+
+def _auto(q: Tensor) -> str:
+    hopper = fits_packages(q) and torch.cuda.get_device_capability(q.device)[0] == 9
     return "flash3" if hopper and _kernel("flash3") else "sdpa"
 
 
@@ -74,8 +87,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, backe
 
     q (b, n, heads, d), k and v (b, m, heads, d) -> (b, n, heads, d); `bias` (m,) is added to every row of scores.
     """
-    if bias is not None or q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
-        return _sdpa(q, k, v, None if bias is None else bias[None, None, None])
-    name = _auto(q.device) if backend == "auto" else backend
-    kernel = _kernel(name) if name in PACKAGES else None
-    return kernel(q, k, v) if kernel else _sdpa(q, k, v)
+    if bias is not None:
+        return _sdpa(q, k, v, bias[None, None, None])
+    name = _auto(q) if backend == "auto" else backend
+    if name in PACKAGES and fits_packages(q):
+        return _kernel(name)(q, k, v)
+    if name in PACKAGES:
+        _say_refused(name, str(q.dtype).removeprefix("torch."), q.device.type)
+    return _sdpa(q, k, v)

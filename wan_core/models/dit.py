@@ -43,6 +43,9 @@ CONCAT = {
     48: {"control": 16, "image": 16},
 }
 
+# What models with these input channels are for; some need a closer look, see `DiTLayout.family`.
+FAMILIES = {16: "Text to Video", 32: "Fun Control-Camera", 36: "Image to Video or Fun InP", 48: "Fun Control"}
+
 # Keys and shapes that only other families have, with the family's name.
 OTHER_FAMILIES = {
     "casual_audio_encoder": "Wan 2.2 S2V",
@@ -97,6 +100,13 @@ class DiTLayout:
         layout.check()
         return layout
 
+    @property
+    def family(self) -> str:
+        """What such models are for. VACE lies beside a Text to Video trunk."""
+        if self.image_positions:
+            return "First-Last-Frame to Video"
+        return "Fun V1.1 Control" if self.reference else FAMILIES[self.in_dim]
+
     def check(self) -> None:
         """Refuse, by name, the layouts that look alike but belong to Wan 2.2."""
         if self.out_dim == 48:
@@ -107,7 +117,7 @@ class DiTLayout:
             raise ModelError(
                 f"This is a Wan 2.2 A14B image model (in_dim 36, no image tokens), not a Wan 2.1 model. {LOAD_WAN21}"
             )
-        if self.in_dim not in CONCAT or self.out_dim != LATENT_CHANNELS or self.dim % self.heads:
+        if self.in_dim not in CONCAT or self.out_dim != LATENT_CHANNELS or self.dim % HEAD_DIM:
             raise ModelError(
                 f"No Wan 2.1 model has {self.in_dim} input channels, {self.out_dim} output channels and "
                 f"width {self.dim} (a multiple of {HEAD_DIM} is needed). {LOAD_WAN21}"

@@ -80,6 +80,7 @@ class MotionController(nn.Module):
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
     """(b,) -> (b, dim): cosines, then sines, of frequencies from 1 down to 1/10000; taken in fp64, given in fp32."""
-    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim // 2))
-    angles = positions.double()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    device = "cpu" if positions.device.type == "mps" else positions.device  # Apple's cards have no fp64
+    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=device) / (dim // 2))
+    angles = positions.to(device).double()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float().to(positions.device)
