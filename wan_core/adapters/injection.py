@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import InputError
+from ..errors import InputError, ModelError
 from ..models.dit import CONCAT, DiT, Slots, Step
 from ..models.embedders import IMAGE_FEATURES
 from ..models.network import Network
@@ -56,9 +56,9 @@ class Canvas:
 
 def in_pixels(frames: int, height: int, width: int) -> str:
     """The size of a latent as users know it."""
-    return (
-        f"{width * PIXELS_PER_LATENT}x{height * PIXELS_PER_LATENT} with {(frames - 1) * FRAMES_PER_LATENT + 1} frames"
-    )
+    count = (frames - 1) * FRAMES_PER_LATENT + 1
+    plural = "" if count == 1 else "s"
+    return f"{width * PIXELS_PER_LATENT}x{height * PIXELS_PER_LATENT} with {count} frame{plural}"
 
 
 class Rank(IntEnum):
@@ -149,6 +149,16 @@ def clash(what: str) -> InputError:
     return InputError(f"Two conditions both set {what}. The model takes one: remove one of the two nodes.")
 
 
+def misfit(network: Network, what: str, models: str, node: str) -> ModelError:
+    """The model cannot take `what`; `models` can, and it comes from `node`."""
+    layout = network.trunk.layout
+    family, advice = layout.family, f"Load {models}, or remove {node}."
+    if network.vace is not None:
+        family, advice = "VACE", f"Give it to Wan VACE in place of {node}."
+    article = "an" if family[0] in "AEIOU" else "a"
+    return ModelError(f"This model takes no {what} (it is {article} {family} model, in_dim {layout.in_dim}). {advice}")
+
+
 def total(injections: Iterable[Injection], neutral: Injection) -> Injection:
     """All injections together, complete."""
     return sum(injections, Injection()).fill(neutral)
@@ -169,3 +179,19 @@ class Condition(ABC):
     @abstractmethod
     def inject(self, network: Network, canvas: Canvas) -> Injection:
         """Run the adapter of `network` (in its trunk or beside it) on this; a `WanError` where they do not fit."""
+
+
+def inject(conditions: Iterable[Condition], network: Network, canvas: Canvas) -> Injection:
+    """What all conditions inject together, complete.
+
+    Raises ModelError where the model looks at something beside the latents and not a bit of it is given.
+    """
+    injections = [condition.inject(network, canvas) for condition in conditions]
+    fallback = neutral(network.trunk, canvas)
+    if fallback.concat and not any(injection.concat for injection in injections):
+        control = "Wan Control Video or " if "control" in fallback.concat else ""
+        raise ModelError(
+            f"This {network.trunk.layout.family} model needs more than the text, but no condition gives it anything. "
+            f"Connect {control}Wan First / Last Image; without any picture that makes a video from the text alone."
+        )
+    return total(injections, fallback)

@@ -44,9 +44,6 @@ KINDS = {
     "lora": Kind("a LoRA", "", "my_lora.safetensors"),
 }  # fmt: skip
 
-# The channels read beside the latents tell the families apart; see also `_family`.
-FAMILIES = {16: "Text to Video", 36: "Image to Video or Fun InP", 48: "Fun Control", 32: "Fun Control-Camera"}
-
 # Other diffusion models: a part of a tensor's name, and what it is.
 STRANGERS = (
     ("double_blocks.", "FLUX or HunyuanVideo"),
@@ -111,18 +108,8 @@ def _dit(shapes: Shapes) -> Identity | None:
         layout = DiTLayout.from_shapes(shapes)
     except ModelError as error:  # a look-alike, which the error names
         return Identity("relative", str(error))
-    family = _family(layout, shapes)
+    family = "VACE" if "vace_patch_embedding.weight" in shapes else layout.family
     return Identity("dit", f"a Wan 2.1 diffusion model ({family}, {layout.layers} layers, width {layout.dim})", family)
-
-
-def _family(layout: DiTLayout, shapes: Shapes) -> str:
-    if "vace_patch_embedding.weight" in shapes:
-        return "VACE"
-    if layout.image_positions:
-        return "First-Last-Frame to Video"
-    if layout.reference:
-        return "Fun V1.1 Control"
-    return FAMILIES[layout.in_dim]
 
 
 def _vace_module(shapes: Shapes) -> Identity | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..adapters.injection import Canvas, Condition, neutral, total
+from ..adapters.injection import Canvas, Condition, inject
 from ..errors import InputError, ModelError
 from ..model import WanModel
 from ..models.dit import LATENT_CHANNELS, Run
@@ -83,8 +83,7 @@ def sample(
     run = Run(compute_dtype=model.compute_dtype, attention=model.attention)
     with model.attached(device) as network:
         canvas = Canvas(latent.shape[0], *latent.shape[2:], dtype=model.compute_dtype, device=device)
-        neutral_values = neutral(network.trunk, canvas)
-        injection = total((condition.inject(network, canvas) for condition in conditions), neutral_values)
+        injection = inject(conditions, network, canvas)
 
         def predict(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
             return network.trunk(x, timestep, text, injection, run)
