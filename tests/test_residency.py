@@ -136,9 +136,12 @@ class TestRuns:
         stored = dict(net.named_parameters())
         weights = Residency(net)
         weights.ensure(0, ELSEWHERE)
-        with pytest.raises(RuntimeError, match="mat1"):
-            with weights.attached(ELSEWHERE) as module:
+        with weights.attached(ELSEWHERE) as module:
+            with pytest.raises(RuntimeError, match="mat1"):
                 module(torch.randn(2, 63))
+            assert all(parameter is stored[name] for name, parameter in net.named_parameters())
+        with pytest.raises(KeyError), weights.attached(ELSEWHERE):
+            raise KeyError
         assert all(parameter is stored[name] for name, parameter in net.named_parameters())
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
 
