@@ -7,9 +7,9 @@ import logging
 
 def node_classes() -> list[type]:
     """Every node class, in menu order."""
-    from . import load, sample, text, vae, video
+    from . import condition, load, sample, text, vae, video
 
-    return [*load.NODES, *text.NODES, *sample.NODES, *vae.NODES, *video.NODES]
+    return [*load.NODES, *text.NODES, *condition.NODES, *sample.NODES, *vae.NODES, *video.NODES]
 
 
 async def comfy_entrypoint():

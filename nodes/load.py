@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..wan_core.loading import catalog
-from ..wan_core.loading.load import WEIGHT_DTYPES, load_model, load_text_encoder, load_vae
+from ..wan_core.loading.load import WEIGHT_DTYPES, load_image_encoder, load_model, load_text_encoder, load_vae
 from ..wan_core.models.attention import BACKENDS
 from .host import host, io
-from .wires import WanModel, WanTextEncoder, WanVAE
+from .wires import WanImageEncoder, WanModel, WanTextEncoder, WanVAE
 
 WEIGHT_DTYPE_TOOLTIP = "How the weights are kept in memory. auto keeps the file's own type."
 FILES_TOOLTIP = (
@@ -130,4 +130,36 @@ class LoadVAE(io.ComfyNode):
         return io.NodeOutput(load_vae(chosen("vae", vae, files), weight_dtype, **place("vae")))
 
 
-NODES = [LoadModel, LoadTextEncoder, LoadVAE]
+class LoadImageEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowLoadImageEncoder",
+            display_name="Load Wan Image Encoder",
+            category="WanFlow/loaders",
+            description="Loads the CLIP image encoder, with which image models look at pictures.",
+            inputs=[
+                io.Combo.Input(
+                    "image_encoder",
+                    options=offered("image_encoder", "clip_vision"),
+                    default="Wan2.1-I2V-14B-480P",
+                    tooltip="The encoder of a catalogued model, or a file in models/clip_vision. "
+                    "All Wan 2.1 models share one.",
+                ),
+                dtype_input(),
+                files_input(),
+            ],
+            outputs=[
+                WanImageEncoder.Output(
+                    display_name="image_encoder", tooltip="For Wan First / Last Image and Wan Reference Image."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image_encoder, weight_dtype, files=""):
+        source = chosen("clip_vision", image_encoder, files)
+        return io.NodeOutput(load_image_encoder(source, weight_dtype, **place("clip_vision")))
+
+
+NODES = [LoadModel, LoadTextEncoder, LoadVAE, LoadImageEncoder]

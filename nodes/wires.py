@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..wan_core.errors import InputError
+from ..wan_core.models.embedders import IMAGE_FEATURES
 from ..wan_core.size import LATENT_CHANNELS
 from .host import host, io
 
 WanModel = io.Custom("WAN_MODEL")
 WanTextEncoder = io.Custom("WAN_TEXT_ENCODER")
+WanImageEncoder = io.Custom("WAN_IMAGE_ENCODER")
 WanVAE = io.Custom("WAN_VAE")
 WanConditions = io.Custom("WAN_CONDITIONS")
 
@@ -47,6 +50,41 @@ def conditioning_text(conditioning: list, name: str) -> Tensor:
     if unused := sorted(key for key, value in extras.items() if key != "pooled_output" and value is not None):
         host.say(f"Wan Sampler takes only the text of {name}; without effect: {', '.join(unused)}.")
     return text
+
+
+def encode_with(vae: Any) -> Callable[[Tensor], Tensor]:
+    """Pixels (1, 3, F, H, W) in -1..1 -> raw latents (1, 16, T, h, w), by our VAE or by ComfyUI's own."""
+
+    def encode(pixels: Tensor) -> Tensor:
+        if hasattr(vae, "first_stage_model"):  # ComfyUI's, which looks after its own memory
+            return latent_samples({"samples": vae.encode(pixels[0].movedim(0, -1) / 2 + 0.5)}, "What vae makes").float()
+        with host.attached(vae):
+            return vae.encode(pixels)
+
+    return encode
+
+
+def look_with(image_encoder: Any) -> Callable[[Tensor], Tensor] | None:
+    """A picture (1, H, W, 3) in 0..1 -> features (1, 257, 1280), by our image encoder or by ComfyUI's own."""
+    if image_encoder is None:
+        return None
+
+    def look(picture: Tensor) -> Tensor:
+        if hasattr(image_encoder, "encode_image"):  # ComfyUI's
+            return check_features(image_encoder.encode_image(picture, crop=False).penultimate_hidden_states)
+        with host.attached(image_encoder):
+            return check_features(image_encoder.encode(picture))
+
+    return look
+
+
+def check_features(features: Tensor) -> Tensor:
+    if features.ndim != 3 or features.shape[2] != IMAGE_FEATURES:
+        raise InputError(
+            f"The image encoder gives features of the shape {tuple(features.shape)}, but Wan 2.1 needs those of "
+            f"CLIP ViT-H, {IMAGE_FEATURES} wide. Load clip_vision_h.safetensors."
+        )
+    return features.float()
 
 
 def number_pair(text: str, name: str) -> tuple[int, int]:

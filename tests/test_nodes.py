@@ -23,6 +23,10 @@ RELEASED = {
     "WanFlowLoadModel": ("model weight_dtype attention", "files", "model"),
     "WanFlowLoadTextEncoder": ("text_encoder weight_dtype", "files", "text_encoder"),
     "WanFlowLoadVAE": ("vae weight_dtype", "files", "vae"),
+    "WanFlowLoadImageEncoder": ("image_encoder weight_dtype", "files", "image_encoder"),
+    "WanFlowImageToVideo": ("vae latent fit", "start_image end_image image_encoder conditions", "conditions"),
+    "WanFlowControlVideo": ("vae latent control_video fit extend", "conditions", "conditions"),
+    "WanFlowReferenceImage": ("vae latent image fit", "image_encoder conditions", "conditions"),
     "WanFlowEmptyLatent": ("width height num_frames batch_size", "", "latent"),
     "WanFlowTextEncode": ("text_encoder text", "", "conditioning report"),
     "WanFlowSampler": (

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_wanflow.nodes.condition import ControlVideo, ImageToVideo, ReferenceImage
 from comfyui_wanflow.wan_core.adapters.control import ControlCondition, control_condition
 from comfyui_wanflow.wan_core.adapters.image import ImageCondition, image_condition, known_frames
 from comfyui_wanflow.wan_core.adapters.injection import Canvas, inject, neutral
@@ -59,12 +62,15 @@ def test_start_and_end_stand_in_a_grey_clip():
     assert (condition.start == 1).all() and (condition.end == 0).all()
 
 
-@pytest.mark.parametrize("first, last, expected", [
-    (1, 0, [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]),
-    (0, 1, [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]),
-    (3, 2, [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]]),
-    (9, 0, [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]),
-])
+@pytest.mark.parametrize(
+    "first, last, expected",
+    [
+        (1, 0, [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]),
+        (0, 1, [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]),
+        (3, 2, [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]]),
+        (9, 0, [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]),
+    ],
+)
 def test_known_frames(first, last, expected):
     assert known_frames(first, last, 9)[0, :, :, 0, 0].T.tolist() == expected
 
@@ -255,3 +261,83 @@ def test_what_is_not_given_is_neutral():
     assert torch.equal(with_control.context_prefix, fallback.context_prefix)
     unseen = image_condition(picture(1.0), None, SIZE, echo)  # no image encoder
     assert torch.equal(inject([unseen], net, CANVAS).context_prefix, fallback.context_prefix)
+
+
+# ---- the nodes --------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """Stands in for our VAE and image encoder."""
+
+    def attached(self, device=None):
+        return nullcontext(self)
+
+
+class EchoVAE(Engine):
+    encode = staticmethod(echo)
+
+
+class EchoEncoder(Engine):
+    encode = staticmethod(look)
+
+
+class CoreVAE:
+    """As ComfyUI's: frames (F, H, W, 3) in 0..1 in, raw latents out."""
+
+    first_stage_model = None
+
+    def encode(self, images):
+        return echo(images.movedim(-1, 0)[None] * 2 - 1)
+
+
+class CoreClipVision:
+    """As ComfyUI's; `width` 1280 is ViT-H."""
+
+    def __init__(self, width=1280):
+        self.width = width
+
+    def encode_image(self, image, crop=True):
+        assert crop is False
+        return SimpleNamespace(penultimate_hidden_states=image.mean().expand(1, 257, self.width))
+
+
+LATENT = {"samples": torch.zeros(1, 16, *SIZE)}
+
+
+def conditions_of(node, **inputs):
+    return node.execute(latent=LATENT, fit="cover", **inputs).args[0]
+
+
+@pytest.mark.parametrize("vae, image_encoder", [(EchoVAE(), EchoEncoder()), (CoreVAE(), CoreClipVision())])
+def test_nodes_make_and_chain_conditions(vae, image_encoder, capsys):
+    engines = {"vae": vae, "image_encoder": image_encoder}
+    first = conditions_of(ImageToVideo, start_image=picture(1.0), end_image=picture(0.0), **engines)
+    torch.testing.assert_close(raw(first[0].latents)[0, 0, :, 0, 0], torch.tensor([1.0, 0.0, -0.25]))
+    assert (first[0].start == 1).all() and (first[0].end == 0).all()
+    second = conditions_of(ControlVideo, vae=vae, control_video=picture(1.0, 9), extend="hold", conditions=first)
+    third = conditions_of(ReferenceImage, image=picture(1.0), conditions=second, **engines)
+    assert [type(one) for one in third] == [ImageCondition, ControlCondition, ReferenceCondition]
+    assert len(first) == 1 and third[0] is first[0]  # a new chain: the one given is as it was
+    assert capsys.readouterr().err == ""
+
+
+def test_nodes_fit_anything_and_say_so(capsys):
+    colours = torch.rand(2, 20, 20, 4)
+    conditions_of(ImageToVideo, vae=EchoVAE(), start_image=colours, image_encoder=EchoEncoder())
+    assert "start_image: The images of 20x20 were fitted to 48x32 (cover)." in capsys.readouterr().err
+    grey = torch.cat([picture(0.0, 2), picture(1.0)])[..., :1]
+    (looped,) = conditions_of(ControlVideo, vae=EchoVAE(), control_video=grey, extend="loop")
+    assert "control_video: The 3 frames are repeated to fill 9." in capsys.readouterr().err
+    frames = raw(looped.latents)[0, 0, :, 0, 0]  # black; black white black black; white black black white
+    torch.testing.assert_close(frames, torch.tensor([-1.0, -0.5, 0.0]))
+    conditions_of(ReferenceImage, vae=EchoVAE(), image=picture(1.0, 2), image_encoder=EchoEncoder())
+    assert "of 2 pictures the first one is used" in capsys.readouterr().err
+    conditions_of(ImageToVideo, vae=EchoVAE(), start_image=picture(1.0))
+    assert "has no image_encoder" in capsys.readouterr().err
+    conditions_of(ImageToVideo, vae=EchoVAE())
+    assert capsys.readouterr().err == ""
+
+
+def test_nodes_refuse_other_encoders():
+    with pytest.raises(InputError, match="1024.*needs those of CLIP ViT-H"):
+        conditions_of(ImageToVideo, vae=EchoVAE(), start_image=picture(1.0), image_encoder=CoreClipVision(1024))
