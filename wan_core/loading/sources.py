@@ -16,6 +16,8 @@ from .identify import KINDS, identify
 from .shards import INDEX_SUFFIX, WEIGHT_SUFFIXES, group
 
 BUNDLED = Path(__file__).parents[1] / "tiny" / "weights"
+# Where a Diffusers folder keeps its models.
+SUBFOLDERS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "image_encoder": "image_encoder"}
 MODEL_ID = re.compile(r"^(?P<model_id>[\w.-]+/[\w.-]+):(?P<pattern>[^:\\]*)$")
 
 
@@ -41,7 +43,7 @@ def tokenizer_folder(source: str | os.PathLike | Iterable, files: list[Path], fo
     Encoders from elsewhere get the published tokenizer, which all of them share.
     """
     parent = files[0].parent
-    for folder in (parent / "google" / "umt5-xxl", parent / "umt5-xxl", parent):
+    for folder in (parent / "google" / "umt5-xxl", parent / "umt5-xxl", parent, parent.parent / "tokenizer"):
         if (folder / "tokenizer.json").is_file() or (folder / "spiece.model").is_file():
             return folder
     row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
@@ -68,7 +70,12 @@ def _resolve_one(part: str | os.PathLike, kind: str, folders: Iterable[Path]) ->
 
 
 def _pick(folder: Path, kind: str) -> list[Path]:
-    """The one checkpoint of this kind in a folder."""
+    """The one checkpoint of this kind in a folder, or in the part of a Diffusers folder that is for this kind."""
+    if (folder / "model_index.json").is_file() and kind in SUBFOLDERS:
+        folder = folder / SUBFOLDERS[kind]
+        if not folder.is_dir():
+            noun = KINDS[kind].noun.removeprefix("a ")
+            raise FileError(f"The Diffusers folder {folder.parent} has no {noun}: its {folder.name} is missing.")
     fitting, problems = [], []
     for files in group(folder):
         try:
