@@ -162,8 +162,16 @@ class VideoVAE(nn.Module):
             blend(out, ((tile.scaled(SPATIAL_STRIDE), self.decode_groups(tile.of(clip))) for tile in picked))
         return pixels.clamp_(-1, 1)
 
+    def order_weights(self) -> None:
+        """Keep the convolutions' weights in channels-last order, like the activations: no call has to turn them."""
+        with torch.inference_mode(False):
+            for parameter in self.parameters():
+                if parameter.ndim == 5:
+                    parameter.data = channels_last(parameter.data)
+
     def encode_groups(self, pixels: Tensor) -> Iterator[Tensor]:
         """The latents of a clip, some frames at a time."""
+        self.order_weights()
         memory, device = Memory(), self.conv1.weight.device
         frames = (pixels.shape[2] - 1) // TEMPORAL_STRIDE + 1
         for begin, end in frame_groups(frames, pixels.shape[3] * pixels.shape[4] // SPATIAL_STRIDE**2):
@@ -172,6 +180,7 @@ class VideoVAE(nn.Module):
 
     def decode_groups(self, latents: Tensor) -> Iterator[Tensor]:
         """The pixels of a clip, not clamped, some frames at a time."""
+        self.order_weights()
         memory, device = Memory(), self.conv1.weight.device
         for begin, end in frame_groups(latents.shape[2], latents.shape[3] * latents.shape[4]):
             yield self.decode_group(latents[:, :, begin:end].to(device), memory)

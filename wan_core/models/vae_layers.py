@@ -28,27 +28,26 @@ class Memory:
     """What the layers keep between two groups of frames of one clip."""
 
     def __init__(self):
-        self.frames: dict[nn.Module, Tensor] = {}
+        self.frames: dict[nn.Module, list[Tensor]] = {}
         self.weights: dict[nn.Module, Tensor] = {}
 
-    def exchange(self, layer: nn.Module, x: Tensor, count: int) -> Tensor:
-        """(b, c, t, h, w) -> the same with the last `count` frames in front; remembers what comes last now.
+    def exchange(self, layer: nn.Module, x: Tensor, count: int) -> list[Tensor]:
+        """(b, c, t, h, w) -> its frames (b, c, h, w) behind the last `count` ones; remembers what comes last now.
 
         Before a clip begins there is nothing: several frames get zeros in front, a single one only what there is.
         """
-        past = self.frames.get(layer, x[:, :, :0])
-        zeros = x[:, :, :1].new_zeros(*x.shape[:2], count - past.shape[2], *x.shape[3:])
-        parts = [past, x] if x.shape[2] == 1 else [zeros, past, x]
-        x = torch.cat(parts, dim=2) if sum(part.shape[2] for part in parts) > x.shape[2] else x
-        if count:
-            self.frames[layer] = x[:, :, -count:].clone()  # a view would keep all of x alive
-        return x
+        frames = [*self.frames.get(layer, ()), *x.unbind(2)]
+        self.frames[layer] = [frame.clone() for frame in frames[-count:]]  # a view would keep all of x alive
+        if x.shape[2] > 1:
+            missing = count + x.shape[2] - len(frames)
+            frames = [torch.zeros_like(frames[0])] * missing + frames
+        return frames
 
     def split_first(self, layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Frame 0 of the clip, if x begins with it, and the other frames."""
         if layer in self.frames:
             return None, x
-        self.frames[layer] = x[:, :, :0]
+        self.frames[layer] = []
         return x[:, :, :1], x[:, :, 1:]
 
     def weight(self, layer: nn.Module, make: Callable[[], Tensor]) -> Tensor:
@@ -64,7 +63,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def frames_apart(x: Tensor) -> Tensor:
     """(b, c, t, h, w) -> (b t, c, h, w), a view in channels-last order."""
-    # merging sides of one loses the strides by which torch knows channels-last order
+    # merging sides of one would lose the strides by which torch knows channels-last order
     return x[:, :, 0] if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
 
 
@@ -73,15 +72,9 @@ def frames_together(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def mix_frames(x: Tensor, weight: Tensor, bias: Tensor, step: int) -> Tensor:
-    """A convolution over time alone, one matrix product a tap: (b, c, t, h, w) and (d, c, taps) -> (b, d, ...)."""
-    taps = weight.shape[2]
-    last = x.shape[2] - taps  # where the last window begins
-    x = x.movedim(1, -1)
-    out = F.linear(x[:, : last + 1 : step], weight[:, :, 0], bias)
-    for tap in range(1, taps):
-        out = out + F.linear(x[:, tap : last + tap + 1 : step], weight[:, :, tap])
-    return out.movedim(-1, 1)
+def stack_frames(frames: list[Tensor]) -> Tensor:
+    """Frames (b, c, h, w) -> (b, c, t, h, w) in channels-last order."""
+    return torch.stack([frame.movedim(1, -1) for frame in frames], dim=1).movedim(-1, 1)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -92,18 +85,31 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, (time_stride, 1, 1), (0, padding, padding))
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        time, height, width = self.kernel_size
-        x = memory.exchange(self, x, time - self.stride[0])
         weight, bias = widened(self.weight, x), widened(self.bias, x)
-        if x.shape[2] < time:
-            weight = weight[:, :, -x.shape[2] :]  # the other taps would meet the nothing before the clip
-        if height == width == 1:
-            return mix_frames(x, weight.flatten(2), bias, self.stride[0])
+        if self.kernel_size == (1, 1, 1):
+            return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+        frames = memory.exchange(self, x, self.kernel_size[0] - self.stride[0])
+        if self.kernel_size[1:] == (1, 1):
+            return mix_frames(frames, weight.flatten(2), bias, self.stride[0])
         if x.shape[2] == 1:
-            return F.conv2d(x[:, :, 0], weight[:, :, 0], bias, padding=self.padding[1:])[:, :, None]
-        if winograd.pays(x, weight):
-            return winograd.convolve_frames(x, weight, bias, self.padding[1:])
-        return F.conv3d(x, weight, bias, self.stride, self.padding)
+            # of the three taps, those that meet a frame
+            taps = weight[:, :, -len(frames) :].unbind(2)
+            images = [F.conv2d(frame, tap, padding=1) for frame, tap in zip(frames, taps, strict=True)]
+            return (sum(images) + bias[:, None, None])[:, :, None]
+        if winograd.pays(x):
+            return winograd.convolve_frames(frames, weight, bias)
+        return F.conv3d(stack_frames(frames), weight, bias, padding=self.padding)
+
+
+def mix_frames(frames: list[Tensor], weight: Tensor, bias: Tensor, step: int) -> Tensor:
+    """A convolution over time alone: t frames (b, c, h, w) and (d, c, taps) -> (b, d, (t - taps) // step + 1, h, w)."""
+    frames = [frame.movedim(1, -1) for frame in frames]
+    taps = weight.unbind(2)[-len(frames) :]  # before the clip there is nothing to see
+    mixed = []
+    for begin in range(0, len(frames) - len(taps) + 1, step):
+        products = (F.linear(frame, tap) for frame, tap in zip(frames[begin:], taps, strict=False))
+        mixed.append(sum(products, bias))
+    return torch.stack(mixed, dim=1).movedim(-1, 1)
 
 
 class RMSNorm(nn.Module):
@@ -114,8 +120,13 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dimensions))
 
     def forward(self, x: Tensor) -> Tensor:
-        gamma = widened(self.gamma, x).flatten()
-        return F.rms_norm(x.movedim(1, -1), gamma.shape, gamma, eps=1e-24).movedim(-1, 1)
+        x, gamma = x.movedim(1, -1), widened(self.gamma, x).flatten()
+        if x.device.type == "cuda":
+            return F.rms_norm(x, gamma.shape, gamma, eps=1e-24).movedim(-1, 1)
+        # torch's own takes six passes over x on a CPU
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+        x = x * (x.shape[-1] ** 0.5 / norm).to(x.dtype)
+        return (x * gamma if x.requires_grad else x.mul_(gamma)).movedim(-1, 1)
 
 
 class SiLU(nn.Module):
@@ -134,7 +145,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x, memory)
-        return run(self.residual, x, memory) + shortcut
+        return run(self.residual, x, memory).add_(shortcut)
 
 
 class PointwiseConv2d(nn.Conv2d):

@@ -26,47 +26,44 @@ class Recipe(NamedTuple):
 
 
 TWO_FRAMES = Recipe(
-    inputs=[[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
-    taps=[[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
-    outputs=[[1, 1, 1, 0], [0, 1, -1, -1]],
+    inputs=[[0, 1, 1, 0], [0, -1, 1, 0], [1, 0, -1, 0], [0, 1, 0, -1]],
+    taps=[[1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [1, 0, 0], [0, 0, 1]],
+    outputs=[[1, 1, 1, 0], [1, -1, 0, -1]],
 )
 FOUR_FRAMES = Recipe(
     inputs=[
-        [4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1],
+        [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0], [4, 0, -5, 0, 1, 0], [0, 4, 0, -5, 0, 1],
     ],
     taps=[
-        [1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1],
+        [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6], [1 / 4, 0, 0], [0, 0, 1],
     ],
-    outputs=[[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    outputs=[[1, 1, 1, 1, 1, 0], [1, -1, 2, -2, 0, 0], [1, 1, 4, 4, 0, 0], [1, -1, 8, -8, 0, 1]],
 )  # fmt: skip
 
 
-def pays(x: Tensor, weight: Tensor) -> bool:
+def pays(x: Tensor) -> bool:
     """Whether the saved arithmetic outweighs the additions: on a CPU, from some dozens of channels on.
 
     It is left out of training: there the frames between would have to be kept.
     """
-    even = x.shape[2] % 2 == 0 and weight.shape[2] == 3
-    return even and x.device.type == "cpu" and x.shape[1] >= 64 and not torch.is_grad_enabled()
+    return x.shape[2] % 2 == 0 and x.device.type == "cpu" and x.shape[1] >= 64 and not torch.is_grad_enabled()
 
 
-def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
-    """F.conv3d for an even number of frames: (b, c, t + 2, h, w) and (d, c, 3, 3, 3) -> (b, d, t, h, w)."""
-    batch, frames = x.shape[0], x.shape[2] - 2
-    recipe = TWO_FRAMES if frames % 4 else FOUR_FRAMES
-    step = len(recipe.outputs)
-    # the frames that come first, second, ... in every tile of m + 2 frames; the tiles overlap by two
-    places = [x[:, :, i : i + frames - step + 1 : step] for i in range(step + 2)]
-    out = bias.expand(batch, frames, *x.shape[3:], -1).clone().movedim(-1, 1)
+def convolve_frames(frames: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3x3 convolution, padded in space: t + 2 frames (b, c, h, w), t even -> (b, d, t, h, w), channels last."""
+    (batch, _, height, width), count = frames[0].shape, len(frames) - 2
+    recipe = TWO_FRAMES if count % 4 else FOUR_FRAMES
+    size = len(recipe.outputs)
+    out = bias.expand(batch, count, height, width, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
     for inputs, taps, *outputs in zip(recipe.inputs, recipe.taps, *recipe.outputs, strict=True):
-        images = weighted_sum(places, inputs).transpose(1, 2).flatten(0, 1)  # (b t/m, c, h, w)
-        product = F.conv2d(images, weighted_sum(weight.unbind(2), taps), padding=padding)
-        product = product.unflatten(0, (batch, -1)).transpose(1, 2)
-        for place, factor in enumerate(outputs):
-            if factor:
-                out[:, :, place::step].add_(product, alpha=factor)
+        kernel = weighted_sum(weight.unbind(2), taps)
+        for start in range(0, count, size):  # tiles of frames that overlap by two
+            product = F.conv2d(weighted_sum(frames[start : start + size + 2], inputs), kernel, padding=1)
+            for place, factor in enumerate(outputs, start):
+                if factor:
+                    out[:, :, place].add_(product, alpha=factor)
     return out
 
 

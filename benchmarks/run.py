@@ -1,0 +1,104 @@
+"""Race WanFlow against its peers on the CPU: `python benchmarks/run.py [dit|vae ...] [--rounds N]`.
+
+Writes results/NAME.json (every sample) and results/NAME.md (medians and ratios); NAME is the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import contestants
+import torch
+from measure import Result, race
+
+HERE = Path(__file__).resolve().parent
+
+
+def dit_table(rounds: int) -> list[Result]:
+    """The 1.3B model's width, 1560 tokens (one 480 x 832 frame), 512 text tokens."""
+    found = race("DiT, 2 layers, fp32", contestants.dit(2, (1, 60, 104), 512, torch.float32), rounds)
+    narrow = contestants.dit(1, (1, 60, 104), 512, torch.bfloat16)
+    # peers compute in bf16 too, which is what costs them the digits
+    return found + race("DiT, 1 layer, bf16 weights", narrow, rounds, tolerance=3e-2)
+
+
+def vae_table(rounds: int) -> list[Result]:
+    """The published width, fp32."""
+    results = []
+    for frames, size in ((9, 128), (1, 256)):
+        encode, decode = contestants.vae(frames, size, size)
+        results += race(f"VAE encode {frames} x {size} x {size}", encode, rounds)
+        results += race(f"VAE decode {frames} x {size} x {size}", decode, rounds)
+    return results
+
+
+TABLES = {"dit": dit_table, "vae": vae_table}
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    wide = "AVX-512" if any("avx512f" in line for line in lines) else "AVX2 at most"
+    return f"{model}, {wide}, {os.cpu_count()} threads"
+
+
+def machine() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in contestants.LIBRARIES if contestants.installed(name)}
+    return {
+        "commit": commit,
+        "processor": processor(),
+        "threads used": str(torch.get_num_threads()),
+        "load average": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+        "torch": torch.__version__,
+        **versions,
+    }
+
+
+def markdown(facts: dict[str, str], results: list[Result]) -> str:
+    """A table of medians; ratios are against the fastest peer's (smallest, for memory)."""
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in facts.items()) + ".",
+        "",
+        "| workload | library | CPU s | ratio | wall s | peak memory MB | ratio | relative difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        peers = [r for r in results if r.workload == result.workload and r.library != "wanflow"]
+        best = [min((getattr(r, name) for r in peers), default=float("nan")) for name in ("cpu_seconds", "peak_mb")]
+        lines.append(
+            f"| {result.workload} | {result.library} | {result.cpu_seconds:.2f} | {result.cpu_seconds / best[0]:.2f} "
+            f"| {result.seconds:.2f} | {result.peak_mb:.0f} | {result.peak_mb / best[1]:.2f} | {result.error:.0e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which to run; all if none is named")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    results = [r for name in arguments.tables or TABLES for r in TABLES[name](arguments.rounds)]
+    facts = machine()
+    table = markdown(facts, results)
+    print(table)
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    name = "-".join([facts["commit"], *arguments.tables])
+    (folder / f"{name}.md").write_text(table)
+    (folder / f"{name}.json").write_text(
+        json.dumps({"machine": facts, "results": [asdict(r) for r in results]}, indent=1)
+    )
+
+
+if __name__ == "__main__":
+    main()
