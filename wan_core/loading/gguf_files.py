@@ -7,6 +7,7 @@ sides are stored in the reverse order, and a text encoder brings its vocabulary 
 from __future__ import annotations
 
 import mmap
+import struct
 from functools import partial
 from pathlib import Path
 
@@ -44,9 +45,40 @@ def _read_header(path: Path):
     except ImportError:
         raise FileError(f"{path} is a GGUF file, and reading it needs the package gguf: 'pip install gguf'.") from None
     try:
-        return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
+        return _reader_class(gguf)(path)
+    except (ValueError, KeyError, IndexError, OverflowError, TypeError, struct.error) as error:
         raise FileError(f"{path} is damaged or incomplete and cannot be read as GGUF. Download it again.") from error
+
+
+def _reader_class(gguf) -> type:
+    """The package's reader, which takes lists in one piece.
+
+    Its own way, element by element, needs 16 seconds and 0.9 GB for the vocabulary of UMT5.
+    """
+
+    class Reader(gguf.GGUFReader):
+        def _get_field_parts(self, offset: int, kind: int):
+            if kind != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(offset, kind)
+            (item, count), begin = struct.unpack_from("<IQ", self.data, offset), offset + 12
+            if item == gguf.GGUFValueType.STRING:
+                parts, end = _texts(memoryview(self.data), begin, count)
+            else:
+                parts = [self._get(begin, self.gguf_scalar_to_np[item], count)]
+                end = begin + parts[0].nbytes
+            return end - offset, parts, range(len(parts)), [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(item)]
+
+    return Reader
+
+
+def _texts(data: memoryview, begin: int, count: int) -> tuple[list[memoryview], int]:
+    """`count` texts, each behind its length, and where they end."""
+    texts = []
+    for _ in range(count):
+        (length,) = struct.unpack_from("<Q", data, begin)
+        texts.append(data[begin + 8 : begin + 8 + length])
+        begin += 8 + length
+    return texts, begin
 
 
 def _entry(path: Path, reader, tensor, mapped: mmap.mmap) -> Entry:
