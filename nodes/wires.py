@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..wan_core.errors import InputError
 from ..wan_core.models.embedders import IMAGE_FEATURES
+from ..wan_core.room import encoding_room
 from ..wan_core.size import LATENT_CHANNELS
 from .host import host, io
 
@@ -58,7 +59,8 @@ def encode_with(vae: Any) -> Callable[[Tensor], Tensor]:
     def encode(pixels: Tensor) -> Tensor:
         if hasattr(vae, "first_stage_model"):  # ComfyUI's, which looks after its own memory
             return latent_samples({"samples": vae.encode(pixels[0].movedim(0, -1) / 2 + 0.5)}, "What vae makes").float()
-        with host.attached(vae):
+        width, picture = vae.module.encoder.conv1.out_channels, pixels.shape[3:]
+        with host.attached(vae, encoding_room(width, picture, vae.compute_dtype)):
             return vae.encode(pixels)
 
     return encode
