@@ -118,10 +118,10 @@ class TestRunner:
 
 class TestHost:
     def test_model_files_are_listed_below_their_folders(self, folders):
-        for name in ("unet/a.safetensors", "diffusion_models/wan/b.pth", "diffusion_models/readme.txt", "vae/c.pt"):
+        for name in ("unet/a.safetensors", "diffusion_models/wan/b.pth", "unet/c.gguf", "unet/readme.txt", "vae/c.pt"):
             (folders / "models" / name).parent.mkdir(parents=True, exist_ok=True)
             (folders / "models" / name).touch()
-        assert host.model_files("diffusion_models") == ["a.safetensors", "wan/b.pth"]
+        assert host.model_files("diffusion_models") == ["a.safetensors", "c.gguf", "wan/b.pth"]
         assert host.find_model("diffusion_models", "wan/b.pth") == folders / "models/diffusion_models/wan/b.pth"
         assert host.model_files("loras") == []
         with pytest.raises(FileError, match="d.safetensors.*--models-dir"):

@@ -61,17 +61,20 @@ class ComfyHost:
     # Model files
 
     def model_files(self, kind: str) -> list[str]:
-        names = (Path(name) for name in folder_paths.get_filename_list(kind))
-        return sorted(name.as_posix() for name in names if name.suffix in MODEL_ENDINGS)
+        # ComfyUI lists no .gguf files in these folders; under a name of our own it does, and remembers the list.
+        gguf = f"wanflow_{kind}_gguf"
+        folder_paths.folder_names_and_paths[gguf] = (folder_paths.get_folder_paths(kind), {".gguf"})
+        names = (Path(name) for name in folder_paths.get_filename_list(kind) + folder_paths.get_filename_list(gguf))
+        return sorted({name.as_posix() for name in names if name.suffix in MODEL_ENDINGS})
 
     def find_model(self, kind: str, name: str) -> Path:
         if path := folder_paths.get_full_path(kind, name):
             return Path(path)
-        folders = " or ".join(map(str, self.model_folders(kind)))
+        folders = " or ".join(folder_paths.get_folder_paths(kind))
         raise FileError(f"There is no file {name!r} in {folders}. Put it there, then press R to refresh the lists.")
 
     def model_folders(self, kind: str) -> list[Path]:
-        return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+        return [Path(folder) for folder in (*folder_paths.get_folder_paths(kind), folder_paths.models_dir)]
 
     # Files that workflows read and write
 

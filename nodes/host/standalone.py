@@ -25,7 +25,7 @@ MODEL_FOLDERS = {  # ComfyUI's folders for each kind of model file, the old name
     "clip_vision": ("clip_vision",),
     "loras": ("loras",),
 }
-MODEL_ENDINGS = {".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin"}
+MODEL_ENDINGS = {".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".gguf"}
 
 
 class Interrupted(Exception):
