@@ -5,6 +5,7 @@ WANFLOW_RECORD=1 writes what it answers on /object_info to tests/data/object_inf
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -97,14 +98,32 @@ def test_progress_and_previews_are_shown(first_run):
     assert first_run.previews >= len(steps)
 
 
-def test_the_saved_video_carries_its_graph_and_is_shown(server, first_run):
-    shown = first_run.outputs[node(quickstart(), "WanFlowSaveVideo")]
+def saved_video(server, run):
+    shown = run.outputs[node(quickstart(), "WanFlowSaveVideo")]
     assert shown["animated"] == [True]
     (entry,) = shown["images"]
-    video = server.base / entry["type"] / entry["subfolder"] / entry["filename"]
-    tags = video.read_bytes()
+    return server.base / entry["type"] / entry["subfolder"] / entry["filename"]
+
+
+def test_the_saved_video_carries_its_graph_and_is_shown(server, first_run):
+    tags = saved_video(server, first_run).read_bytes()
     assert b'"note": "a = b; c"' in tags and b'"WanFlowSampler"' in tags
-    assert b"is_changed" not in tags
+
+
+def test_video_to_video(server, first_run):
+    shutil.copy(saved_video(server, first_run), server.base / "input/clip.mp4")
+    graph = quickstart("video_to_video", denoise=0.5)
+    clip = {"video": "clip.mp4", "frame_rate": 0.0, "num_frames": 0, "size": "original"}
+    graph["clip"] = {"class_type": "WanFlowLoadVideo", "inputs": clip}
+    inputs = {"vae": [node(graph, "WanFlowLoadVAE"), 0], "images": ["clip", 0], "fit": "cover"}
+    inputs |= {"tiled": False, "tile_size": "30x52", "tile_stride": "15x26"}
+    graph["encoded"] = {"class_type": "WanFlowVAEEncode", "inputs": inputs}
+    graph[node(graph, "WanFlowSampler")]["inputs"]["latent"] = ["encoded", 0]
+    run = server.run(graph)
+    assert run.status == "execution_success", run.error
+    assert frames(server.base / "output/video_to_video").shape == frames(server.base / "output/first").shape
+    tags = saved_video(server, run).read_bytes()
+    assert b'"WanFlowLoadVideo"' in tags and b"is_changed" not in tags  # ComfyUI's name for the file's hash
 
 
 def test_unchanged_nodes_are_not_run_again(server, first_run):
