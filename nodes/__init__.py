@@ -7,9 +7,10 @@ import logging
 
 def node_classes() -> list[type]:
     """Every node class, in menu order."""
-    from . import condition, load, sample, text, vae, video
+    from . import camera, condition, load, modules, sample, text, vace, vae, video
 
-    return [*load.NODES, *text.NODES, *condition.NODES, *sample.NODES, *vae.NODES, *video.NODES]
+    menus = (load, text, condition, camera, vace, modules, sample, vae, video)
+    return [node for menu in menus for node in menu.NODES]
 
 
 async def comfy_entrypoint():

@@ -27,6 +27,14 @@ RELEASED = {
     "WanFlowImageToVideo": ("vae latent fit", "start_image end_image image_encoder conditions", "conditions"),
     "WanFlowControlVideo": ("vae latent control_video fit extend", "conditions", "conditions"),
     "WanFlowReferenceImage": ("vae latent image fit", "image_encoder conditions", "conditions"),
+    "WanFlowCamera": ("latent direction speed", "origin trajectory conditions", "conditions preview"),
+    "WanFlowVACE": (
+        "vae latent strength fit extend mask_edges",
+        "video mask reference_image conditions",
+        "conditions preview",
+    ),
+    "WanFlowAddModule": ("model module", "files", "model"),
+    "WanFlowMotionSpeed": ("motion_bucket_id", "conditions", "conditions"),
     "WanFlowEmptyLatent": ("width height num_frames batch_size", "", "latent"),
     "WanFlowTextEncode": ("text_encoder text", "", "conditioning report"),
     "WanFlowSampler": (
