@@ -300,3 +300,57 @@ def vocabulary_of(library):
         writer.add_precompiled_charsmap(proto.normalizer_spec.precompiled_charsmap)
 
     return fill
+
+
+class TestBundles:
+    """ComfyUI's all-in-one checkpoints: several models in one file."""
+
+    @pytest.fixture
+    def bundle(self, diffusers_folder, tmp_path):
+        folder, _ = diffusers_folder
+        parts = {
+            "model.diffusion_model.": open_checkpoint(folder / "transformer" / "diffusion_pytorch_model.safetensors"),
+            "vae.": open_checkpoint(folder / "vae" / "diffusion_pytorch_model.safetensors"),
+        }
+        tensors = {prefix + name: part.tensor(name) for prefix, part in parts.items() for name in part.shapes}
+        for name, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
+            tensors["text_encoders.umt5xxl.transformer." + name] = tensor
+        tensors["text_encoders.umt5xxl.logit_scale"] = torch.ones(())
+        tensors["text_encoders.spiece_model"] = torch.tensor(list(pieces()), dtype=torch.uint8)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "all.safetensors")
+        return tmp_path / "all.safetensors"
+
+    def test_each_loader_takes_its_part(self, bundle):
+        assert load_model(bundle).layout.in_dim == 36
+        assert load_vae(bundle.parent).module.decoder.conv1.weight.shape == (32, 16, 3, 3, 3)
+        assert load_text_encoder(bundle).encode(["red"])[1] == (2,)
+
+    def test_what_it_lacks_is_said(self, bundle):
+        with pytest.raises(FileError, match=r"is an all-in-one checkpoint \(a Wan 2.1 diffusion model, a UMT5.*'Load"):
+            load_image_encoder(bundle)
+
+
+class TestNeighbours:
+    """Files of other models, which must be named instead of failing somewhere inside."""
+
+    @pytest.mark.parametrize(
+        "tensors, sentence",
+        [
+            # FLUX's text encoder in Hugging Face's names: a T5 has position biases in its first layer only
+            ({"shared.weight": (9, 32), "encoder.block.0.layer.0.SelfAttention.q.weight": (8, 32),
+              "encoder.block.1.layer.0.SelfAttention.q.weight": (8, 32),
+              "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 2)},
+             r"is a T5 text encoder \(2 layers, width 32\), not the UMT5"),
+            ({"token_embd.weight": (9, 32), "blk.0.attn_q.weight": (8, 32), "blk.0.attn_norm.weight": (32,)},
+             "is a language model or text encoder of another kind"),
+            ({"conv2.weight": (16, 16, 1, 1, 1), "decoder.middle.0.residual.0.gamma": (8, 1, 1, 1),
+              "decoder.head.2.weight": (12, 8, 3, 3, 3)}, "is a VAE that enlarges while it decodes"),
+            ({"double_blocks.0.img_attn.qkv.weight": (3, 3)}, "not a Wan 2.1 model but FLUX"),
+        ],
+        ids=["T5", "language model", "upscaling VAE", "FLUX"],
+    )  # fmt: skip
+    def test_sentence(self, tmp_path, tensors, sentence):
+        save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "a.safetensors")
+        for load in (load_model, load_vae, load_text_encoder, load_image_encoder):
+            with pytest.raises(FileError, match=sentence):
+                load(tmp_path / "a.safetensors")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FileError
 from ..models.packed import Packed
 from .gguf_files import open_gguf
-from .keymaps import STACKED, published_names
+from .keymaps import STACKED, bundled, published_names
 from .mapped import Entry, open_safetensors
 from .pickled import open_pickle
 from .scales import fold_scales
@@ -63,9 +63,10 @@ class Checkpoint:
             return self._entries[name].read()
 
 
-def open_checkpoint(paths: str | PathLike | Iterable[str | PathLike]) -> Checkpoint:
+def open_checkpoint(paths: str | PathLike | Iterable[str | PathLike], kind: str = "") -> Checkpoint:
     """Open a checkpoint: a file, a list of parts, one part of a set, or its index.json.
 
+    Of an all-in-one checkpoint, which holds several models, only the one of this kind (see identify.KINDS).
     Raises FileError in words for what is missing, empty, truncated, damaged, unsafe, or no checkpoint at all.
     """
     given = [paths] if isinstance(paths, (str, PathLike)) else list(paths)
@@ -85,6 +86,8 @@ def open_checkpoint(paths: str | PathLike | Iterable[str | PathLike]) -> Checkpo
             )
         entries |= found
         metadata |= texts
+    if prefix := bundled(entries).get(kind):
+        entries = {name: entry for name, entry in entries.items() if name.startswith(prefix)}
     return Checkpoint(entries, metadata, files)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import FileError, ModelError
 from ..models.dit import DiTLayout
+from .keymaps import bundled
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -77,8 +78,7 @@ def expect(identity: Identity, kind: str, description: str) -> None:
     else:
         advice = "This version of WanFlow cannot use it yet. "
     raise FileError(
-        f"{description} is {identity.summary}. {advice}"
-        f"'{wanted.node}' needs {wanted.noun}, such as {wanted.example}."
+        f"{description} is {identity.summary}. {advice}'{wanted.node}' needs {wanted.noun}, such as {wanted.example}."
     )
 
 
@@ -92,6 +92,11 @@ def _lora(shapes: Shapes) -> Identity | None:
     if any(part in name for name in shapes for part in LORA_PARTS) or any(n.endswith(".diff") for n in shapes):
         return Identity("lora", f"a LoRA ({len(shapes)} tensors)")
     return None
+
+
+def _bundle(shapes: Shapes) -> Identity | None:
+    nouns = [KINDS[kind].noun for kind in bundled(shapes)]
+    return Identity("unknown", f"an all-in-one checkpoint ({', '.join(nouns)})") if nouns else None
 
 
 def _stranger(shapes: Shapes) -> Identity | None:
@@ -140,6 +145,8 @@ def _vae(shapes: Shapes) -> Identity | None:
         return None
     if latent[0] != 16:
         return Identity("unknown", f"the VAE of Wan 2.2 ({latent[0]} latent channels instead of 16)")
+    if shapes.get("decoder.head.2.weight", (3,))[0] != 3:
+        return Identity("unknown", "a VAE that enlarges while it decodes, which WanFlow cannot use")
     if "encoder.conv1.weight" not in shapes:
         return Identity("unknown", "a VAE decoder without its encoder")
     return Identity("vae", f"a Wan 2.1 VAE (base width {shapes['encoder.conv1.weight'][0]})")
@@ -162,12 +169,13 @@ def _motion_controller(shapes: Shapes) -> Identity | None:
 
 
 def _language_model(shapes: Shapes) -> Identity | None:
-    if "embed_tokens.weight" in shapes or "lm_head.weight" in shapes or "text_projection" in shapes:
+    if shapes.keys() & {"embed_tokens.weight", "lm_head.weight", "text_projection", "blk.0.attn_norm.weight"}:
         return Identity("unknown", "a language model or text encoder of another kind, not the UMT5 that Wan 2.1 needs")
     return None
 
 
 # In this order: a LoRA's names contain those of its base model.
 TESTS: tuple[Callable[[Shapes], Identity | None], ...] = (
-    _lora, _stranger, _dit, _vace_module, _text_encoder, _vae, _image_encoder, _motion_controller, _language_model,
+    _lora, _bundle, _stranger, _dit, _vace_module, _text_encoder, _vae, _image_encoder, _motion_controller,
+    _language_model,
 )  # fmt: skip

@@ -10,13 +10,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 # Wrappers put these in front of every name when a model inside them is saved.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "_forward_module.", "module.", "model.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "_forward_module.", "module.", "model.",
+            "vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "umt5xxl.transformer.")  # fmt: skip
+# All-in-one checkpoints (ComfyUI's "Save Checkpoint") hold models of several kinds, each under a prefix.
+BUNDLED = {
+    "dit": ("model.diffusion_model.",),
+    "text_encoder": ("text_encoders.", "cond_stage_model."),
+    "vae": ("vae.", "first_stage_model."),
+}
 # Wrappers that sit anywhere in a name.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 # Training programs put the weights under one of these, best first.
 NESTINGS = ("generator_ema", "ema", "state_dict", "model_state", "model", "generator", "module")
 # Tensors that say something about a file and are weights of no module.
-MARKERS = ("scaled_fp8", "spiece_model", "model_type.", "log_scale")
+MARKERS = ("scaled_fp8", "spiece_model", "model_type.", "log_scale", "umt5xxl.logit_scale")
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,17 @@ STACKED = re.compile(r"^(?P<name>.+)\[(?P<place>\d)\]$")
 
 def is_marker(name: str) -> bool:
     return name.startswith(MARKERS)
+
+
+def bundled(names: Iterable[str]) -> dict[str, str]:
+    """Kind of model -> its prefix, where a file holds models of several kinds; nothing where it holds one."""
+    found = {
+        kind: prefix
+        for kind, prefixes in BUNDLED.items()
+        for prefix in prefixes
+        if any(name.startswith(prefix) for name in names)
+    }
+    return found if len(found) > 1 else {}
 
 
 def strip_prefixes(names: Iterable[str]) -> dict[str, str]:

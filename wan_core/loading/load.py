@@ -78,7 +78,7 @@ def add_module(model: WanModel, source: Source, weight_dtype: str = "auto", fold
     """
     row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
     kind = "dit" if row and "vace" in row.adapters else "motion_controller" if row else "vace_module"
-    checkpoint = open_checkpoint(resolve(source, kind, folders))
+    checkpoint = open_checkpoint(resolve(source, kind, folders), kind)
     if vace := _vace(checkpoint, weight_dtype):
         return model.with_module(vace)
     expect(identify(checkpoint.shapes), "motion_controller", checkpoint.description)
@@ -164,7 +164,7 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _open(source: Source, kind: str, folders: Iterable[Path]) -> Checkpoint:
-    checkpoint = open_checkpoint(resolve(source, kind, folders))
+    checkpoint = open_checkpoint(resolve(source, kind, folders), kind)
     expect(identify(checkpoint.shapes), kind, checkpoint.description)
     return checkpoint
 

@@ -79,7 +79,7 @@ def _pick(folder: Path, kind: str) -> list[Path]:
     fitting, problems = [], []
     for files in group(folder):
         try:
-            if identify(open_checkpoint(files).shapes).kind == kind:
+            if identify(open_checkpoint(files, kind).shapes).kind == kind:
                 fitting.append(files)
         except FileError as error:  # told only if nothing else fits: the broken file may be of another kind
             problems.append(error)
