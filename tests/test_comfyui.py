@@ -110,22 +110,6 @@ def test_the_saved_video_carries_its_graph_and_is_shown(server, first_run):
     assert b'"note": "a = b; c"' in tags and b'"WanFlowSampler"' in tags
 
 
-def test_video_to_video(server, first_run):
-    shutil.copy(saved_video(server, first_run), server.base / "input/clip.mp4")
-    graph = quickstart("video_to_video", denoise=0.5)
-    clip = {"video": "clip.mp4", "frame_rate": 0.0, "num_frames": 0, "size": "original"}
-    graph["clip"] = {"class_type": "WanFlowLoadVideo", "inputs": clip}
-    inputs = {"vae": [node(graph, "WanFlowLoadVAE"), 0], "images": ["clip", 0], "fit": "cover"}
-    inputs |= {"tiled": False, "tile_size": "30x52", "tile_stride": "15x26"}
-    graph["encoded"] = {"class_type": "WanFlowVAEEncode", "inputs": inputs}
-    graph[node(graph, "WanFlowSampler")]["inputs"]["latent"] = ["encoded", 0]
-    run = server.run(graph)
-    assert run.status == "execution_success", run.error
-    assert frames(server.base / "output/video_to_video").shape == frames(server.base / "output/first").shape
-    tags = saved_video(server, run).read_bytes()
-    assert b'"WanFlowLoadVideo"' in tags and b"is_changed" not in tags  # ComfyUI's name for the file's hash
-
-
 def test_unchanged_nodes_are_not_run_again(server, first_run):
     graph = quickstart()
     again = server.run(graph)
@@ -169,6 +153,22 @@ def test_memory_is_handed_back(server, first_run):
     assert server.ask("/probe/loaded") == []
     run = server.run(quickstart("again"))  # nothing is left in the cache, and everything loads again
     assert run.status == "execution_success" and run.cached == []
+
+
+def test_video_to_video(server, first_run):
+    shutil.copy(saved_video(server, first_run), server.base / "input/clip.mp4")
+    graph = quickstart("video_to_video", denoise=0.5)
+    clip = {"video": "clip.mp4", "frame_rate": 0.0, "num_frames": 0, "size": "original"}
+    graph["clip"] = {"class_type": "WanFlowLoadVideo", "inputs": clip}
+    inputs = {"vae": [node(graph, "WanFlowLoadVAE"), 0], "images": ["clip", 0], "fit": "cover"}
+    inputs |= {"tiled": False, "tile_size": "30x52", "tile_stride": "15x26"}
+    graph["encoded"] = {"class_type": "WanFlowVAEEncode", "inputs": inputs}
+    graph[node(graph, "WanFlowSampler")]["inputs"]["latent"] = ["encoded", 0]
+    run = server.run(graph)
+    assert run.status == "execution_success", run.error
+    assert frames(server.base / "output/video_to_video").shape == frames(server.base / "output/first").shape
+    tags = saved_video(server, run).read_bytes()
+    assert b'"WanFlowLoadVideo"' in tags and b"is_changed" not in tags  # ComfyUI's name for the file's hash
 
 
 @pytest.fixture(scope="module")
