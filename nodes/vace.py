@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..wan_core.adapters.vace import vace_condition
-from ..wan_core.fit import EXTENSIONS, fit_clip, fit_pictures
+from ..wan_core.errors import InputError
+from ..wan_core.fit import EXTENSIONS, fit_clip, fit_images, fit_pictures
 from ..wan_core.size import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from .condition import conditions_input, conditions_output, fit_input, latent_input, latent_size, vae_input
 from .host import host, io
@@ -102,6 +103,8 @@ def fitted_clip(name: str, images: Tensor, size: tuple[int, int, int], fit: str,
 
 def fitted_mask(mask: Tensor, size: tuple[int, int, int], fit: str, extend: str, edges: str) -> Tensor:
     """A MASK (F, H, W) or (H, W) as (4n+1, 8h, 8w), black and white unless its edges are soft."""
+    if edges not in MASK_EDGES:
+        raise InputError(f"mask_edges is {edges!r}, but only {', '.join(MASK_EDGES)} exist. Choose one of them.")
     if mask.ndim == 2:
         mask = mask[None]
     holes = fitted_clip("mask", mask[..., None], size, fit, extend)[..., 0]
@@ -109,9 +112,12 @@ def fitted_mask(mask: Tensor, size: tuple[int, int, int], fit: str, extend: str,
 
 
 def letterboxed(pictures: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Pictures (P, H, W, 3) whole, on white, as VACE was trained."""
+    """Pictures (P, H, W, 3) whole, on white, as VACE was trained; what was changed is said."""
     _, height, width = in_pixels(size)
-    return fit_pictures(pictures[..., :3], width, height, "contain", background=1.0)
+    pictures, note = fit_images(pictures, width, height, "contain", background=1.0)
+    if note:
+        host.say(f"reference_image: {note}")
+    return pictures
 
 
 def warnings(video: Tensor | None, mask: Tensor | None, pictures: Tensor | None) -> list[str]:

@@ -30,7 +30,9 @@ def fit_clip(
     return fit_length(clip, num_frames, extend), " ".join(notes) or None
 
 
-def fit_images(images: Tensor, width: int, height: int, fit: str = "cover") -> tuple[Tensor, str | None]:
+def fit_images(
+    images: Tensor, width: int, height: int, fit: str = "cover", background: float = 0.0
+) -> tuple[Tensor, str | None]:
     """Images (F, H, W, 1, 3 or 4) in 0..1 as (F, height, width, 3), and a sentence if their size changed.
 
     Grey becomes RGB; transparency is left out.
@@ -44,7 +46,7 @@ def fit_images(images: Tensor, width: int, height: int, fit: str = "cover") -> t
     changed = (old_width, old_height) != (width, height)
     note = f"The images of {old_width}x{old_height} were fitted to {width}x{height} ({fit})." if changed else None
     colours = images[..., :3].expand(-1, -1, -1, 3)
-    return fit_pictures(colours, width, height, fit), note
+    return fit_pictures(colours, width, height, fit, background), note
 
 
 def fit_pictures(images: Tensor, width: int, height: int, fit: str = "cover", background: float = 0.0) -> Tensor:
