@@ -16,7 +16,7 @@ TOWER = (
     ("errors",),
     ("size", "compute", "fit", "saving", "trajectory", "offload", "loading.catalog", "loading.keymaps"),
     ("models", "video", "viewfinder"),
-    ("adapters", "room"),
+    ("adapters", "lora", "room"),
     ("model",),
     ("loading", "sampling"),
     ("training",),

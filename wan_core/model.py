@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from .errors import ModelError
 from .loading.catalog import Preset
+from .lora import Lora, Loras, fit, worked_in
 from .models.attention import check_backend
-from .models.dit import DiT, DiTLayout
+from .models.dit import DiT, DiTLayout, size_name
 from .models.embedders import MotionController
 from .models.image_encoder import ImageEncoder
 from .models.network import Network
@@ -28,7 +29,6 @@ from .models.vae import VideoVAE
 from .offload.residency import Residency
 
 PARTS = {"vace": "VACE module", "motion_controller": "motion speed controller"}
-SIZES = {1536: " (1.3B)", 5120: " (14B)"}  # what users call a model of this width
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,6 +89,7 @@ class WanModel(Engine):
     attention: str = "auto"
     preset: Preset = field(default_factory=Preset)
     beside: Mapping[str, Residency] = field(default_factory=dict)
+    loras: Loras = ()
 
     @property
     def trunk(self) -> DiT:
@@ -96,7 +97,8 @@ class WanModel(Engine):
 
     @property
     def weights(self) -> tuple[Residency, ...]:
-        return (self.residency, *self.beside.values())
+        loras = dict.fromkeys(lora.residency for lora, _ in self.loras)  # one may be there twice
+        return (*loras, self.residency, *self.beside.values())
 
     def with_module(self, part: VACE | MotionController) -> WanModel:
         """The same trunk with `part` beside it, in the place of one of its kind.
@@ -112,6 +114,25 @@ class WanModel(Engine):
         parts = {"vace": self.module.vace, "motion_controller": self.module.motion_controller, name: part}
         residency = Residency(part, self.compute_dtype)
         return replace(self, module=Network(self.trunk, **parts), beside={**self.beside, name: residency})
+
+    def with_lora(self, lora: Lora, strength: float = 1.0) -> WanModel:
+        """The same weights, changed by `lora` while they run, after the changes of the LoRAs before.
+
+        Raises ModelError where nothing of it fits; `lora.report` tells what does.
+        """
+        fitted = fit(lora, self.module)
+        if not fitted.changes:
+            raise ModelError(
+                f"Nothing of the LoRA {lora.name} fits {self.name}. {fitted.reasons()} "
+                "Take a LoRA that was trained for this kind and size of model."
+            )
+        return replace(self, loras=(*self.loras, (lora, strength)))
+
+    @contextmanager
+    def attached(self, device: torch.device | str | None = None) -> Iterator[Network]:
+        """As for every engine, with the LoRAs worked in."""
+        with super().attached(device) as network, worked_in(network, self.loras):
+            yield network
 
     def with_attention(self, backend: str) -> WanModel:
         """The same weights, attending by another backend. Raises InputError where it cannot be used."""
@@ -167,10 +188,6 @@ class WanVAE(Engine):
         """(b, 16, n+1, h, w) -> (b, 3, 4n+1, 8h, 8w) in -1..1. Tiling: tiled, tile_size, tile_stride, as the VAE's."""
         with self.attached() as module:
             return module.decode(latents.to(self.compute_dtype), **tiling)
-
-
-def size_name(dim: int) -> str:
-    return f"width {dim}{SIZES.get(dim, '')}"
 
 
 def _report(tokens: Tokens) -> str:

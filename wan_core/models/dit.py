@@ -46,6 +46,9 @@ CONCAT = {
 # What models with these input channels are for; some need a closer look, see `DiTLayout.family`.
 FAMILIES = {16: "Text to Video", 32: "Fun Control-Camera", 36: "Image to Video or Fun InP", 48: "Fun Control"}
 
+# What users call a model of this width.
+SIZES = {1536: " (1.3B)", 3072: " (Wan 2.2 5B)", 5120: " (14B)"}
+
 # Keys and shapes that only other families have, with the family's name.
 OTHER_FAMILIES = {
     "casual_audio_encoder": "Wan 2.2 S2V",
@@ -122,6 +125,10 @@ class DiTLayout:
                 f"No Wan 2.1 model has {self.in_dim} input channels, {self.out_dim} output channels and "
                 f"width {self.dim} (a multiple of {HEAD_DIM} is needed). {LOAD_WAN21}"
             )
+
+
+def size_name(dim: int) -> str:
+    return f"width {dim}{SIZES.get(dim, '')}"
 
 
 LOAD_WAN21 = "Load a Wan 2.1 diffusion model (T2V, I2V, FLF2V, Fun or VACE)."
