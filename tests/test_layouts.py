@@ -220,6 +220,8 @@ class TestGGUF:
         meant = write_gguf(tmp_path / "a.gguf", "wan", {prefix + n: t for n, t in dit.items()}, kinds)
         model = load_model(tmp_path / "a.gguf", device="cpu")
         assert model.layout == self.LAYOUT
+        stored = open_checkpoint(tmp_path / "a.gguf").storage("blocks.0.ffn.0.weight")
+        assert stored == {"BF16": "bfloat16", "F16": "float16"}.get(kind, kind)
         layer = model.trunk.blocks[0].self_attn.q
         assert isinstance(layer, PackedLinear) == kind.startswith("Q")
         assert model.total_bytes() < sum(t.nbytes for t in dit.values()) * (0.65 if kind != "Q8_0" else 0.5)

@@ -214,4 +214,5 @@ class TestLayers:
         save_file({"a.weight": stored, "a.weight_scale": scale}, tmp_path / "a.safetensors")
         checkpoint = open_checkpoint(tmp_path / "a.safetensors")
         assert checkpoint.shapes == {"a.weight": (4, 8)}
+        assert checkpoint.storage("a.weight") == "float8_e4m3fn with scales"
         torch.testing.assert_close(checkpoint.tensor("a.weight"), numbers)

@@ -112,7 +112,7 @@ def inspect_command(options: argparse.Namespace) -> int:
     identity = identify(checkpoint.shapes)
     kind = KINDS.get(identity.kind)
     print(identity.summary if identity.kind == "relative" else f"{checkpoint.description} is {identity.summary}.")
-    types = sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in checkpoint.shapes})
+    types = sorted({checkpoint.storage(name) for name in checkpoint.shapes})
     numbers = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     print(f"{len(checkpoint.shapes)} tensors, {numbers / 1e6:,.1f} million numbers, {', '.join(types)}.")
     if kind:

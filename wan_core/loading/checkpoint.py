@@ -15,7 +15,7 @@ from ..errors import FileError
 from ..models.packed import Packed
 from .gguf_files import open_gguf
 from .keymaps import STACKED, bundled, published_names
-from .mapped import Entry, open_safetensors
+from .mapped import Entry, open_safetensors, type_name
 from .pickled import open_pickle
 from .scales import fold_scales
 from .shards import complete
@@ -51,6 +51,10 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name].dtype
+
+    def storage(self, name: str) -> str:
+        """How the tensor is stored: the name of a type or a packing."""
+        return self._entries[name].packing or type_name(self.dtype(name))
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored, backed by the mapped file; the numbers in fp32 of what is stored packed."""

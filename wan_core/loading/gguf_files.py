@@ -98,6 +98,7 @@ def _entry(path: Path, reader, tensor, mapped: mmap.mmap) -> Entry:
         shape,
         torch.uint8,
         lambda: Packed(shape, {"weight": view(mapped, begin, packed_shape, torch.uint8)}, packing),
+        kind,
     )
 
 

@@ -33,13 +33,18 @@ LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 
 
+def type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, not read yet."""
+    """One tensor of a file, not read yet. `packing` names how its numbers are packed, "" where they lie plainly."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor | Packed]
+    packing: str = ""
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import FileError
 from ..models.packed import Packed, Unpack
 from ..models.packings import MXFP8_BLOCK, NVFP4_BLOCK, rows_of_tiles, unpack_mxfp8, unpack_nvfp4, unpack_scaled
-from .mapped import Entry
+from .mapped import Entry, type_name
 
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise")
@@ -62,19 +62,19 @@ def _packed_entry(parts: Mapping[str, Entry], what: str) -> Entry:
     weight, scale = parts["weight"], parts["scale"]
     rows, columns = (*weight.shape, 0)[:2]
     if weight.dtype == torch.uint8 and "block_scale" in parts:
-        shape, unpack = (rows, columns * 2), unpack_nvfp4
+        shape, unpack, packing = (rows, columns * 2), unpack_nvfp4, "nvfp4"
         arrange = {"block_scale": partial(_fp8_tiles, rows=rows, columns=columns * 2 // NVFP4_BLOCK)}
     elif weight.dtype in NARROW[:2] and scale.dtype == torch.uint8:
-        shape, unpack = weight.shape, unpack_mxfp8
+        shape, unpack, packing = weight.shape, unpack_mxfp8, "mxfp8"
         arrange = {"scale": partial(rows_of_tiles, rows=rows, columns=columns // MXFP8_BLOCK)}
     elif weight.dtype in NARROW and scale.dtype.is_floating_point and _fits(scale.shape, rows, columns):
-        shape, unpack, arrange = weight.shape, unpack_scaled, {}
-        if scale.shape and scale.shape != (1,):
-            arrange = {"scale": lambda scale: scale.reshape(rows, -1)}
+        shape, unpack, packing = weight.shape, unpack_scaled, f"{type_name(weight.dtype)} with scales"
+        single = scale.shape in ((), (1,))
+        arrange = {} if single else {"scale": lambda scale: scale.reshape(rows, -1)}
     else:
-        kinds = f"{weight.dtype} {list(weight.shape)} with scales {scale.dtype} {list(scale.shape)}"
-        raise _refusal(what, f"quantised in a way that WanFlow cannot read ({kinds})")
-    return Entry(shape, weight.dtype, lambda: _read(shape, parts, unpack, arrange))
+        stored, scales = (f"{type_name(part.dtype)} {list(part.shape)}" for part in (weight, scale))
+        raise _refusal(what, f"quantised in a way that WanFlow cannot read ({stored} with scales {scales})")
+    return Entry(shape, weight.dtype, lambda: _read(shape, parts, unpack, arrange), packing)
 
 
 def _fits(scale: tuple[int, ...], rows: int, columns: int) -> bool:
