@@ -105,6 +105,16 @@ def test_fewer_multiplications_make_the_same_convolution(frames):
     assert distance(winograd.convolve_frames(list(x.unbind(2)), weight, bias), wanted) < 3e-6
 
 
+def test_gradients_equal_diffusers(twins):
+    ours, theirs = twins
+    gradients = []
+    for decode in (ours.decode_whole, lambda latents: theirs.decode(latents).sample):
+        latents = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        decode(latents).square().sum().backward()
+        gradients.append(latents.grad)
+    assert distance(*gradients) < 1e-5
+
+
 # --- groups, tiles, batches, types ---
 
 

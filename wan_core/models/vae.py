@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ..errors import InputError, ModelError
 from .tiling import Size, blend, tiles, whole
 from .vae_layers import (
+    CUBE,
+    POINT,
     AttentionBlock,
     CausalConv3d,
     Downsample,
@@ -57,7 +59,7 @@ class Encoder(nn.Module):
     def __init__(self, dim: int, out_channels: int):
         super().__init__()
         widths = [dim, *(dim * m for m in CHANNEL_MULTIPLIERS)]
-        self.conv1 = CausalConv3d(3, dim, 3, padding=1)
+        self.conv1 = CausalConv3d(3, dim, CUBE)
         layers: list[nn.Module] = []
         for level, (i, o) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             layers += [ResidualBlock(i, o), ResidualBlock(o, o)]
@@ -65,7 +67,7 @@ class Encoder(nn.Module):
                 layers.append(Downsample(o, time=DOWNSAMPLE_TIME[level]))
         self.downsamples = nn.Sequential(*layers)
         self.middle = middle_blocks(widths[-1])
-        self.head = nn.Sequential(RMSNorm(widths[-1], 3), SiLU(), CausalConv3d(widths[-1], out_channels, 3, padding=1))
+        self.head = nn.Sequential(RMSNorm(widths[-1], 3), SiLU(), CausalConv3d(widths[-1], out_channels, CUBE))
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         return run([self.conv1, *self.downsamples, *self.middle, *self.head], x, memory)
@@ -77,7 +79,7 @@ class Decoder(nn.Module):
         multipliers = CHANNEL_MULTIPLIERS[::-1]
         widths = [dim * multipliers[0], *(dim * m for m in multipliers)]
         upsample_time = DOWNSAMPLE_TIME[::-1]
-        self.conv1 = CausalConv3d(in_channels, widths[0], 3, padding=1)
+        self.conv1 = CausalConv3d(in_channels, widths[0], CUBE)
         self.middle = middle_blocks(widths[0])
         layers: list[nn.Module] = []
         for level, (i, o) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
@@ -86,7 +88,7 @@ class Decoder(nn.Module):
             if level < len(upsample_time):
                 layers.append(Upsample(o, time=upsample_time[level]))
         self.upsamples = nn.Sequential(*layers)
-        self.head = nn.Sequential(RMSNorm(dim, 3), SiLU(), CausalConv3d(dim, 3, 3, padding=1))
+        self.head = nn.Sequential(RMSNorm(dim, 3), SiLU(), CausalConv3d(dim, 3, CUBE))
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         return run([self.conv1, *self.middle, *self.upsamples, *self.head], x, memory)
@@ -103,8 +105,8 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.latent_channels = latent_channels
         self.encoder = Encoder(dim, latent_channels * 2)
-        self.conv1 = CausalConv3d(latent_channels * 2, latent_channels * 2, 1)
-        self.conv2 = CausalConv3d(latent_channels, latent_channels, 1)
+        self.conv1 = CausalConv3d(latent_channels * 2, latent_channels * 2, POINT)
+        self.conv2 = CausalConv3d(latent_channels, latent_channels, POINT)
         self.decoder = Decoder(dim, latent_channels)
 
     @classmethod

@@ -14,8 +14,6 @@ the input decides the arithmetic, whatever type the weights are stored in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,13 +21,14 @@ from torch.nn import functional as F
 from . import winograd
 from .layers import Conv2d, widened
 
+CUBE, TIME, POINT = (3, 3, 3), (3, 1, 1), (1, 1, 1)  # kernels: frames, rows, columns
+
 
 class Memory:
     """What the layers keep between two groups of frames of one clip."""
 
     def __init__(self):
         self.frames: dict[nn.Module, list[Tensor]] = {}
-        self.weights: dict[nn.Module, Tensor] = {}
 
     def exchange(self, layer: nn.Module, x: Tensor, count: int) -> list[Tensor]:
         """(b, c, t, h, w) -> its frames (b, c, h, w) behind the last `count` ones; remembers what comes last now.
@@ -49,12 +48,6 @@ class Memory:
             return None, x
         self.frames[layer] = []
         return x[:, :, :1], x[:, :, 1:]
-
-    def weight(self, layer: nn.Module, make: Callable[[], Tensor]) -> Tensor:
-        """A weight derived from the layer's own, made once a clip."""
-        if layer not in self.weights:
-            self.weights[layer] = make()
-        return self.weights[layer]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -80,25 +73,31 @@ def stack_frames(frames: list[Tensor]) -> Tensor:
 class CausalConv3d(nn.Conv3d):
     """A 3-D convolution, padded in space as usual and in time with past frames only."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, padding=0, time_stride=1):
-        kernel = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
-        super().__init__(in_channels, out_channels, kernel, (time_stride, 1, 1), (0, padding, padding))
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1):
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(in_channels, out_channels, kernel, (time_stride, 1, 1), padding)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         weight, bias = widened(self.weight, x), widened(self.bias, x)
-        if self.kernel_size == (1, 1, 1):
+        if self.kernel_size == POINT:
             return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
         frames = memory.exchange(self, x, self.kernel_size[0] - self.stride[0])
-        if self.kernel_size[1:] == (1, 1):
+        if self.kernel_size == TIME:
             return mix_frames(frames, weight.flatten(2), bias, self.stride[0])
         if x.shape[2] == 1:
-            # of the three taps, those that meet a frame
-            taps = weight[:, :, -len(frames) :].unbind(2)
-            images = [F.conv2d(frame, tap, padding=1) for frame, tap in zip(frames, taps, strict=True)]
-            return (sum(images) + bias[:, None, None])[:, :, None]
+            return convolve_last(frames, weight, bias)[:, :, None]
         if winograd.pays(x):
             return winograd.convolve_frames(frames, weight, bias)
         return F.conv3d(stack_frames(frames), weight, bias, padding=self.padding)
+
+
+def convolve_last(frames: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """The last frame of a 3x3x3 convolution: up to three frames (b, c, h, w) -> (b, d, h, w)."""
+    taps = weight.unbind(2)[-len(frames) :]  # those that meet a frame
+    out = F.conv2d(frames[0], taps[0], bias, padding=1)
+    for frame, tap in zip(frames[1:], taps[1:], strict=True):
+        out += F.conv2d(frame, tap, padding=1)
+    return out
 
 
 def mix_frames(frames: list[Tensor], weight: Tensor, bias: Tensor, step: int) -> Tensor:
@@ -126,22 +125,22 @@ class RMSNorm(nn.Module):
         # torch's own takes six passes over x on a CPU
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
         x = x * (x.shape[-1] ** 0.5 / norm).to(x.dtype)
-        return (x * gamma if x.requires_grad else x.mul_(gamma)).movedim(-1, 1)
+        return (x * gamma if torch.is_grad_enabled() else x.mul_(gamma)).movedim(-1, 1)
 
 
 class SiLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=not x.requires_grad)  # it follows a norm, whose result nobody else reads
+        return F.silu(x, inplace=not torch.is_grad_enabled())  # it follows a norm, whose result nobody else reads
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.residual = nn.Sequential(
-            RMSNorm(in_channels, 3), SiLU(), CausalConv3d(in_channels, out_channels, 3, padding=1),
-            RMSNorm(out_channels, 3), SiLU(), nn.Dropout(0.0), CausalConv3d(out_channels, out_channels, 3, padding=1),
+            RMSNorm(in_channels, 3), SiLU(), CausalConv3d(in_channels, out_channels, CUBE),
+            RMSNorm(out_channels, 3), SiLU(), nn.Dropout(0.0), CausalConv3d(out_channels, out_channels, CUBE),
         )  # fmt: skip
-        self.shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.shortcut = CausalConv3d(in_channels, out_channels, POINT) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x, memory)
@@ -178,7 +177,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, time: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), Conv2d(channels, channels, 3, stride=2))
-        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2) if time else None
+        self.time_conv = CausalConv3d(channels, channels, TIME, time_stride=2) if time else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         x = frames_together(self.resample(frames_apart(x)), x.shape[0])
@@ -193,41 +192,19 @@ class Downsample(nn.Module):
         return torch.cat(parts, dim=2)
 
 
-class Upsample(nn.Module):
-    """Doubles height and width, and on request the frame rate: frame 0 stays, then one becomes two."""
+class DoublingConv2d(nn.Conv2d):
+    """Nearest neighbours at twice the size, then a 3x3 convolution, in one: (n, c, h, w) -> (n, d, 2h, 2w).
 
-    def __init__(self, channels: int, time: bool):
-        super().__init__()
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels // 2, 3, padding=1))
-        self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if time else None
+    Row 2i of the large image sees rows i-1 and i of the small one, row 2i+1 sees i and i+1, and so do columns: each of
+    the four phases is a 2x2 convolution. One call computes all four at every 2x2 window of the padded image; phase
+    (p, q) then takes the windows that begin at (p, q).
+    """
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        if self.time_conv is not None:
-            x = self.double_time(x, memory)
-        return frames_together(self.double_space(frames_apart(x), memory), x.shape[0])
-
-    def double_time(self, x: Tensor, memory: Memory) -> Tensor:
-        # Frame 0 is neither doubled nor remembered: the published network was trained so.
-        first, x = memory.split_first(self, x)
-        parts = [] if first is None else [first]
-        if x.shape[2]:
-            # the two halves of the channels are the even and the odd frames
-            even, odd = self.time_conv(x, memory).chunk(2, dim=1)
-            parts.append(channels_last(torch.stack([even, odd], dim=3).flatten(2, 3)))
-        return torch.cat(parts, dim=2)
-
-    def double_space(self, x: Tensor, memory: Memory) -> Tensor:
-        """(n, c, h, w) -> (n, c/2, 2h, 2w): nearest neighbours and a 3x3 convolution in one.
-
-        Row 2i of the large image sees rows i-1 and i of the small one, row 2i+1 sees i and i+1, and so do columns:
-        each of the four phases is a 2x2 convolution. One call computes all four at every 2x2 window of the padded
-        image; phase (p, q) then takes the windows that begin at (p, q).
-        """
-        conv = self.resample[1]
+    def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        weight = memory.weight(self, lambda: phase_weights(widened(conv.weight, x)))
-        windows = F.conv2d(x, weight, widened(conv.bias, x).repeat(4), padding=1)  # (n, 4 c/2, h+1, w+1)
-        out = x.new_empty(n, 2 * h, 2 * w, conv.out_channels).permute(0, 3, 1, 2)
+        weight, bias = phase_weights(widened(self.weight, x)), widened(self.bias, x).repeat(4)
+        windows = F.conv2d(x, weight, bias, padding=1)  # (n, 4 d, h+1, w+1)
+        out = x.new_empty(n, 2 * h, 2 * w, self.out_channels).permute(0, 3, 1, 2)
         for phase, values in enumerate(windows.chunk(4, dim=1)):
             p, q = divmod(phase, 2)
             out[:, :, p::2, q::2] = values[:, :, p : p + h, q : q + w]
@@ -240,6 +217,31 @@ def phase_weights(weight: Tensor) -> Tensor:
     taps = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
     phases = torch.einsum("pik,qjl,dckl->pqdcij", taps, taps, weight).flatten(0, 2)
     return phases.contiguous(memory_format=torch.channels_last)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, and on request the frame rate: frame 0 stays, then one becomes two."""
+
+    def __init__(self, channels: int, time: bool):
+        super().__init__()
+        # nn.Identity is in the place of the published nn.Upsample
+        self.resample = nn.Sequential(nn.Identity(), DoublingConv2d(channels, channels // 2, 3))
+        self.time_conv = CausalConv3d(channels, channels * 2, TIME) if time else None
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        if self.time_conv is not None:
+            x = self.double_time(x, memory)
+        return frames_together(self.resample(frames_apart(x)), x.shape[0])
+
+    def double_time(self, x: Tensor, memory: Memory) -> Tensor:
+        # Frame 0 is neither doubled nor remembered: the published network was trained so.
+        first, x = memory.split_first(self, x)
+        parts = [] if first is None else [first]
+        if x.shape[2]:
+            # the two halves of the channels are the even and the odd frames
+            even, odd = self.time_conv(x, memory).chunk(2, dim=1)
+            parts.append(channels_last(torch.stack([even, odd], dim=3).flatten(2, 3)))
+        return torch.cat(parts, dim=2)
 
 
 def run(layers, x: Tensor, memory: Memory) -> Tensor:
