@@ -55,7 +55,7 @@ class Server:
                 command.split(), stdout=log, stderr=subprocess.STDOUT, cwd=base, env=environment
             )
 
-    def wait_until_ready(self, seconds: float = 180) -> None:
+    def wait_until_ready(self, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
