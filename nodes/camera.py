@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..wan_core.adapters.camera import CameraCondition
-from ..wan_core.size import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from ..wan_core.size import pixel_size
 from ..wan_core.trajectory import DIRECTIONS, ORIGIN, read_trajectory, trajectory
 from ..wan_core.viewfinder import view
 from .condition import conditions_input, conditions_output, latent_input, latent_size
@@ -64,9 +64,9 @@ class Camera(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, direction, speed, origin="", trajectory="", conditions=()):
-        frames, height, width = latent_size(latent)
-        path = camera_path(direction, speed, origin, trajectory, (frames - 1) * FRAMES_PER_LATENT + 1)
-        pictures = view(path, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT)
+        frames, height, width = pixel_size(*latent_size(latent))
+        path = camera_path(direction, speed, origin, trajectory, frames)
+        pictures = view(path, height, width)
         return io.NodeOutput((*conditions, CameraCondition(path)), pictures.to(host.intermediate_device()))
 
 

@@ -8,7 +8,7 @@ from ..wan_core.adapters.control import control_condition
 from ..wan_core.adapters.image import image_condition
 from ..wan_core.adapters.reference import reference_condition
 from ..wan_core.fit import EXTENSIONS, FITS, fit_clip, fit_images
-from ..wan_core.size import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from ..wan_core.size import pixel_size
 from .host import host, io
 from .wires import WanConditions, WanImageEncoder, WanVAE, encode_with, latent_samples, look_with
 
@@ -58,10 +58,20 @@ def fitted(name: str, images: Tensor | None, size: tuple[int, int, int], fit: st
     """The images of an input (n, 8h, 8w, 3), whatever was changed being said; None if there are none."""
     if images is None:
         return None
-    images, note = fit_images(images, size[2] * PIXELS_PER_LATENT, size[1] * PIXELS_PER_LATENT, fit)
+    _, height, width = pixel_size(*size)
+    images, note = fit_images(images, width, height, fit)
     if note:
         host.say(f"{name}: {note}")
     return images
+
+
+def fitted_clip(name: str, images: Tensor, size: tuple[int, int, int], fit: str, extend: str) -> Tensor:
+    """The images of an input as a clip of the video's size (4n+1, 8h, 8w, 3), whatever was changed being said."""
+    frames, height, width = pixel_size(*size)
+    clip, note = fit_clip(images, width, height, frames, fit, extend)
+    if note:
+        host.say(f"{name}: {note}")
+    return clip
 
 
 class ImageToVideo(io.ComfyNode):
@@ -132,12 +142,7 @@ class ControlVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, latent, control_video, fit, extend, conditions=()):
-        frames, height, width = latent_size(latent)
-        frames = (frames - 1) * FRAMES_PER_LATENT + 1
-        height, width = height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
-        clip, note = fit_clip(control_video, width, height, frames, fit, extend)
-        if note:
-            host.say(f"control_video: {note}")
+        clip = fitted_clip("control_video", control_video, latent_size(latent), fit, extend)
         return io.NodeOutput((*conditions, control_condition(clip, encode_with(vae))))
 
 

@@ -7,9 +7,17 @@ from torch import Tensor
 
 from ..wan_core.adapters.vace import vace_condition
 from ..wan_core.errors import InputError
-from ..wan_core.fit import EXTENSIONS, fit_clip, fit_images, fit_pictures
-from ..wan_core.size import FRAMES_PER_LATENT, PIXELS_PER_LATENT
-from .condition import conditions_input, conditions_output, fit_input, latent_input, latent_size, vae_input
+from ..wan_core.fit import EXTENSIONS, fit_images, fit_pictures
+from ..wan_core.size import pixel_size
+from .condition import (
+    conditions_input,
+    conditions_output,
+    fit_input,
+    fitted_clip,
+    latent_input,
+    latent_size,
+    vae_input,
+)
 from .host import host, io
 from .wires import encode_with
 
@@ -86,21 +94,6 @@ class VACE(io.ComfyNode):
         return io.NodeOutput((*conditions, condition), preview(clip, holes, size).to(host.intermediate_device()))
 
 
-def in_pixels(size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(frames, height, width) of a video whose latents have the size (T, h, w)."""
-    frames, height, width = size
-    return (frames - 1) * FRAMES_PER_LATENT + 1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
-
-
-def fitted_clip(name: str, images: Tensor, size: tuple[int, int, int], fit: str, extend: str) -> Tensor:
-    """The images of an input as a clip of the video's size; what was changed is said."""
-    frames, height, width = in_pixels(size)
-    clip, note = fit_clip(images, width, height, frames, fit, extend)
-    if note:
-        host.say(f"{name}: {note}")
-    return clip
-
-
 def fitted_mask(mask: Tensor, size: tuple[int, int, int], fit: str, extend: str, edges: str) -> Tensor:
     """A MASK (F, H, W) or (H, W) as (4n+1, 8h, 8w), black and white unless its edges are soft."""
     if edges not in MASK_EDGES:
@@ -113,7 +106,7 @@ def fitted_mask(mask: Tensor, size: tuple[int, int, int], fit: str, extend: str,
 
 def letterboxed(pictures: Tensor, size: tuple[int, int, int]) -> Tensor:
     """Pictures (P, H, W, 3) whole, on white, as VACE was trained; what was changed is said."""
-    _, height, width = in_pixels(size)
+    _, height, width = pixel_size(*size)
     pictures, note = fit_images(pictures, width, height, "contain", background=1.0)
     if note:
         host.say(f"reference_image: {note}")
@@ -134,7 +127,7 @@ def warnings(video: Tensor | None, mask: Tensor | None, pictures: Tensor | None)
 
 def preview(video: Tensor | None, mask: Tensor | None, size: tuple[int, int, int]) -> Tensor:
     """Frames (4n+1, H, 3W, 3): what is kept, what is given to change, and the mask, side by side."""
-    frames, height, width = in_pixels(size)
+    frames, height, width = pixel_size(*size)
     video = torch.full((frames, height, width, 3), 0.5) if video is None else video
     mask = torch.ones(frames, height, width) if mask is None else mask
     scale = min(1, PREVIEW_HEIGHT / height)

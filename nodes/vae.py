@@ -7,7 +7,7 @@ from typing import Any
 
 from ..wan_core.fit import FITS, fit_clip
 from ..wan_core.room import decoding_room, encoding_room
-from ..wan_core.size import FRAMES_PER_LATENT, PIXELS_PER_LATENT, snap_size
+from ..wan_core.size import PIXELS_PER_LATENT, pixel_size, snap_size
 from .host import host, io
 from .wires import WanVAE, latent_samples, number_pair
 
@@ -71,9 +71,8 @@ class VAEEncode(io.ComfyNode):
             batch, (frames, height, width) = 1, images.shape[:3]
             width, height, frames, _ = snap_size(width, height, frames)
         else:
-            batch, _, frames, height, width = latent_samples(latent).shape
-            frames = (frames - 1) * FRAMES_PER_LATENT + 1
-            height, width = height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
+            batch, _, *size = latent_samples(latent).shape
+            frames, height, width = pixel_size(*size)
         clip, note = fit_clip(images, width, height, frames, fit)
         if note:
             host.say(note)
@@ -106,8 +105,8 @@ class VAEDecode(io.ComfyNode):
     @classmethod
     def execute(cls, vae, latent, tiled, tile_size, tile_stride):
         samples, tiles = latent_samples(latent), tiling(tiled, tile_size, tile_stride)
-        height, width = (PIXELS_PER_LATENT * side for side in samples.shape[3:])
-        with host.attached(vae, room(decoding_room, vae, (height, width), tiles)):
+        _, *picture = pixel_size(*samples.shape[2:])
+        with host.attached(vae, room(decoding_room, vae, tuple(picture), tiles)):
             pixels = vae.decode(samples, **tiles)  # (b, 3, F, H, W) in -1..1
         images = (pixels.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1).flatten(0, 1)  # (b * F, H, W, 3) in 0..1
         return io.NodeOutput(images.to(host.intermediate_device()))

@@ -2,7 +2,7 @@
 
 import pytest
 from comfyui_wanflow.wan_core.errors import InputError
-from comfyui_wanflow.wan_core.size import latent_shape, snap_size
+from comfyui_wanflow.wan_core.size import latent_shape, pixel_size, snap_size
 
 
 def test_a_possible_size_is_left_alone():
@@ -29,6 +29,7 @@ def test_zero_and_negative_sizes_are_refused_by_name(size, name):
 def test_latent_shape():
     assert latent_shape(832, 480, 81) == (1, 16, 21, 60, 104)
     assert latent_shape(64, 48, 1, batch_size=3) == (3, 16, 1, 6, 8)
+    assert pixel_size(21, 60, 104) == (81, 480, 832) and pixel_size(1, 6, 8) == (1, 48, 64)
     with pytest.raises(InputError, match="64x64 with 9 frames"):
         latent_shape(64, 60, 9)
     with pytest.raises(InputError, match="batch_size is 0"):

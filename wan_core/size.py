@@ -50,5 +50,10 @@ def latent_shape(width: int, height: int, num_frames: int, batch_size: int = 1) 
     return batch_size, LATENT_CHANNELS, frames, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
 
 
+def pixel_size(frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(num_frames, height, width) in pixels, of a video whose latents are (frames, height, width)."""
+    return (frames - 1) * FRAMES_PER_LATENT + 1, height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
+
+
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError, ModelError
 from ..models.network import Network
-from ..size import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from ..size import FRAMES_PER_LATENT, pixel_size
 from ..trajectory import Trajectory
 from .injection import Canvas, Condition, Injection
 
@@ -25,13 +25,12 @@ class CameraCondition(Condition):
                 f"This model has no camera adapter (it is a {layout.family} model, in_dim {layout.in_dim}). "
                 "Load a Control-Camera model, or remove Wan Camera."
             )
-        frames = (canvas.frames - 1) * FRAMES_PER_LATENT + 1
+        frames, height, width = pixel_size(canvas.frames, canvas.height, canvas.width)
         if len(self.trajectory) != frames:
             raise InputError(
                 f"The camera moves for {len(self.trajectory)} frames, but the video that is made has {frames}. "
                 "Connect the same latent to Wan Camera and to the sampler."
             )
-        height, width = canvas.height * PIXELS_PER_LATENT, canvas.width * PIXELS_PER_LATENT
         embedded = []  # one latent frame at a time: the rays of a whole video take a gigabyte
         for frame in range(canvas.frames):
             rays = latent_frame_rays(self.trajectory, frame, height, width).to(canvas.device, canvas.dtype)

@@ -12,7 +12,7 @@ from ..errors import InputError, ModelError
 from ..models.dit import CONCAT, DiTLayout
 from ..models.network import Network
 from ..models.vae import normalised
-from ..size import FRAMES_PER_LATENT, LATENT_CHANNELS, PIXELS_PER_LATENT
+from ..size import FRAMES_PER_LATENT, LATENT_CHANNELS, pixel_size
 from .injection import Canvas, Condition, Injection, Rank, misfit
 
 Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, F, H, W) in -1..1 -> raw latents (1, 16, T, h, w)
@@ -81,7 +81,7 @@ def image_condition(
     Usually n is 1; more are the first or the last frames of the video. Without any picture the condition says that
     nothing is known. Raises InputError if there are more pictures than frames.
     """
-    frames = (size[0] - 1) * FRAMES_PER_LATENT + 1
+    frames, height, width = pixel_size(*size)
     first, last = (0 if pictures is None else len(pictures) for pictures in (start, end))
     if first + last > frames:
         raise InputError(
@@ -91,7 +91,6 @@ def image_condition(
     known = known_frames(first, last, frames).expand(1, -1, -1, *size[1:])
     if not first + last:
         return ImageCondition(torch.zeros(1, LATENT_CHANNELS, *size), known)
-    height, width = (side * PIXELS_PER_LATENT for side in size[1:])
     pixels = torch.zeros(1, 3, frames, height, width)
     if start is not None:
         pixels[:, :, :first] = as_pixels(start)

@@ -20,7 +20,7 @@ from ..errors import InputError, ModelError
 from ..models.dit import CONCAT, DiT, Slots, Step
 from ..models.embedders import IMAGE_FEATURES
 from ..models.network import Network
-from ..size import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from ..size import pixel_size
 
 IMAGE_TOKENS = 257  # of one CLIP image: one for the whole, 16 x 16 for its parts
 
@@ -54,11 +54,10 @@ class Canvas:
         return latents.to(self.device, self.dtype)
 
 
-def in_pixels(frames: int, height: int, width: int) -> str:
-    """The size of a latent as users know it."""
-    count = (frames - 1) * FRAMES_PER_LATENT + 1
-    plural = "" if count == 1 else "s"
-    return f"{width * PIXELS_PER_LATENT}x{height * PIXELS_PER_LATENT} with {count} frame{plural}"
+def in_pixels(*size: int) -> str:
+    """The size of a latent (frames, height, width) as users know it."""
+    frames, height, width = pixel_size(*size)
+    return f"{width}x{height} with {frames} frame{'' if frames == 1 else 's'}"
 
 
 class Rank(IntEnum):

@@ -16,7 +16,7 @@ from ..models.dit import Step
 from ..models.network import Network
 from ..models.vace import VACE
 from ..models.vae import normalised
-from ..size import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from ..size import FRAMES_PER_LATENT, PIXELS_PER_LATENT, pixel_size
 from .image import Encode, as_pixels
 from .injection import Canvas, Condition, Injection, misfit
 
@@ -65,8 +65,7 @@ def vace_condition(
     (P, 8h, 8w, 3) for a video whose latents have the size (T, h, w). Without a video all is grey, without a mask all
     is made anew.
     """
-    frames = (size[0] - 1) * FRAMES_PER_LATENT + 1
-    height, width = (side * PIXELS_PER_LATENT for side in size[1:])
+    frames, height, width = pixel_size(*size)
     pixels = torch.zeros(1, 3, frames, height, width) if video is None else as_pixels(video)
     mask = torch.ones(frames, height, width) if mask is None else mask.float()
     pictures = () if references is None else references.split(1)  # each is a clip of its own
