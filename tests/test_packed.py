@@ -9,7 +9,7 @@ import torch
 from comfyui_wanflow.wan_core.errors import FileError
 from comfyui_wanflow.wan_core.loading.checkpoint import open_checkpoint
 from comfyui_wanflow.wan_core.loading.load import load_model
-from comfyui_wanflow.wan_core.models import ggml
+from comfyui_wanflow.wan_core.models import ggml, packed
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
 from comfyui_wanflow.wan_core.models.layers import Linear
 from comfyui_wanflow.wan_core.models.packed import Packed, PackedEmbedding, PackedLinear, keep_packed
@@ -203,6 +203,16 @@ class TestLayers:
         assert isinstance(module[0], PackedEmbedding)
         tokens = torch.tensor([[1, 5, 5]])
         torch.testing.assert_close(module(tokens), self.PACKED.numbers()[tokens])
+
+    @pytest.mark.parametrize("piece", [1, 100, 136, 137, 408])
+    def test_pieces_make_the_whole(self, monkeypatch, piece):
+        """Rows are 68 bytes: 1, 1, 2, 2 and all 6 rows at a time."""
+        whole = self.PACKED.unpack(self.PACKED.parts, torch.float32)
+        monkeypatch.setattr(packed, "PIECE_ON_CPU", piece)
+        torch.testing.assert_close(self.PACKED.numbers(), whole, rtol=0, atol=0)
+        scales = {"weight": whole.to(FP8), "scale": torch.rand(6, 2)}
+        blocks = Packed((6, 64), scales, unpack_scaled)
+        torch.testing.assert_close(blocks.numbers(), unpack_scaled(scales, torch.float32), rtol=0, atol=0)
 
     def test_others_are_left_alone(self):
         module = nn.Sequential(nn.Conv1d(64, 6, 1))

@@ -16,6 +16,27 @@ from .layers import Linear, linear, widened
 
 Unpack = Callable[[Mapping[str, Tensor], torch.dtype], Tensor]
 
+# Packed bytes that are unpacked at once. What arises on the way is up to 30 times as large: on a CPU it stays in the
+# cache (twice as fast for the K types), elsewhere a little of the memory buys few calls.
+PIECE_ON_CPU, PIECE = 2**20, 2**24
+
+
+def unpack_by_pieces(unpack: Unpack, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """`unpack(parts, dtype)`, some rows at a time."""
+    weight = parts["weight"]
+    rows, piece = weight.shape[0], PIECE_ON_CPU if weight.device.type == "cpu" else PIECE
+    step = max(1, piece * rows // max(1, weight.nbytes))
+    if step >= rows:
+        return unpack(parts, dtype)
+    out = None
+    for begin in range(0, rows, step):
+        some = slice(begin, begin + step)
+        numbers = unpack({name: part[some] if part.ndim else part for name, part in parts.items()}, dtype)
+        if out is None:
+            out = numbers.new_empty(rows, *numbers.shape[1:])
+        out[some] = numbers
+    return out
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -30,7 +51,7 @@ class Packed:
     unpack: Unpack
 
     def numbers(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.unpack(self.parts, dtype).reshape(self.shape)
+        return unpack_by_pieces(self.unpack, self.parts, dtype).reshape(self.shape)
 
 
 class PackedLinear(Linear):
@@ -44,7 +65,7 @@ class PackedLinear(Linear):
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) in `dtype`, made anew."""
-        return self.unpack({name: getattr(self, name) for name in self.part_names}, dtype)
+        return unpack_by_pieces(self.unpack, {name: getattr(self, name) for name in self.part_names}, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.numbers(x.dtype), widened(self.bias, x))
