@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from ..nodes import node_classes
+from ..nodes.headless.core_nodes import LoadImage
 from ..wan_core.loading import catalog
 from ..wan_core.video import read_video
 
@@ -23,28 +24,83 @@ FOLDER = Path(__file__).parent
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, GAP, WIDTH = 400, 60, 340  # of the editor's layout, pixels
 
+TOY = "WanTiny-T2V"
 TOY_PROMPT = "a red circle moves left on a blue background"
 CAT_PROMPT = (
     "A tabby cat walks along a garden wall in the morning sun, its tail upright, dew on the leaves behind it, "
     "the camera follows at eye level, shallow depth of field."
 )
+PICTURE_PROMPT = "The picture comes to life: a light wind moves hair, clothes and leaves, the light changes slowly."
+PICTURE = "example.png"  # comes with ComfyUI
+VIDEO = "video.mp4"  # the user's own
 
 
 def workflows() -> dict[str, dict[str, Any]]:
-    """Every example by name, in API format."""
+    """Every example by name, in API format: one a model, under the model's name."""
+    published = {row.name: example(row) for row in catalog.CATALOG if row.name != TOY}
     return {
-        "quickstart": text_to_video("WanTiny-T2V", TOY_PROMPT, "quickstart"),
-        "text_to_video_1.3B": text_to_video("Wan2.1-T2V-1.3B", CAT_PROMPT, "WanFlow/text_to_video"),
-        "text_to_video_14B": text_to_video("Wan2.1-T2V-14B", CAT_PROMPT, "WanFlow/text_to_video"),
+        "quickstart": text_to_video(catalog.BY_NAME[TOY], TOY_PROMPT, "quickstart"),
+        "video_to_video": video_to_video(catalog.BY_NAME["Wan2.1-T2V-1.3B"]),
+        **published,
     }
 
 
-def text_to_video(model: str, prompt: str, prefix: str) -> dict[str, Any]:
-    row = catalog.BY_NAME[model]
+def example(row: catalog.Row) -> dict[str, Any]:
+    """A workflow that gives a model what it was made for."""
+    prompt = PICTURE_PROMPT if "image" in row.adapters and "control" not in row.adapters else CAT_PROMPT
+    workflow = text_to_video(row, prompt, f"WanFlow/{row.name}")
+    if "control" in row.adapters:
+        steer(workflow, row)
+    elif "image" in row.adapters:
+        begin_with_a_picture(workflow, row)
+    if "camera" in row.adapters:
+        condition(workflow, "Camera", "Camera", latent=["6", 0], direction="Left", speed=0.01)
+    if "vace" in row.adapters:
+        edit(workflow, row)
+    if "speed" in row.adapters:
+        module = add(workflow, node("AddModule", "Add Wan Module", model=["1", 0], module=row.name))
+        workflow["7"]["inputs"]["model"] = module
+        condition(workflow, "MotionSpeed", "Motion Speed", motion_bucket_id=100)
+    return workflow
+
+
+def begin_with_a_picture(workflow: dict[str, Any], row: catalog.Row) -> None:
+    pictures = {"start_image": add(workflow, load_image("First Image"))}
+    if "FLF2V" in row.name:
+        pictures["end_image"] = add(workflow, load_image("Last Image"))
+    encoder = add(workflow, load_image_encoder(row))
+    condition(workflow, "ImageToVideo", "Wan First / Last Image", **CANVAS, **pictures, image_encoder=encoder)
+
+
+def steer(workflow: dict[str, Any], row: catalog.Row) -> None:
+    video = add(workflow, load_video("Control Video: lines, depth or poses", row))
+    condition(workflow, "ControlVideo", "Wan Control Video", **CANVAS, control_video=video, extend="hold")
+    if "reference" in row.adapters:
+        picture, encoder = add(workflow, load_image("Reference Image")), add(workflow, load_image_encoder(row))
+        condition(workflow, "ReferenceImage", "Wan Reference Image", **CANVAS, image=picture, image_encoder=encoder)
+
+
+def edit(workflow: dict[str, Any], row: catalog.Row) -> None:
+    video = add(workflow, load_video("Video: depth, poses, or one to change", row))
+    picture = add(workflow, load_image("Reference Image"))
+    condition(workflow, "VACE", "Wan VACE", **CANVAS, strength=1.0, extend="hold", mask_edges="hard", video=video,
+              reference_image=picture)  # fmt: skip
+
+
+def video_to_video(row: catalog.Row) -> dict[str, Any]:
+    workflow = text_to_video(row, CAT_PROMPT, "WanFlow/video_to_video")
+    video = add(workflow, load_video("Video to change", row))
+    tiling = {"tiled": False, "tile_size": "30x52", "tile_stride": "15x26"}
+    encoded = add(workflow, node("VAEEncode", "Wan VAE Encode", images=video, **CANVAS, **tiling))
+    workflow["7"]["inputs"] |= {"latent": encoded, "denoise": 0.7}
+    return workflow
+
+
+def text_to_video(row: catalog.Row, prompt: str, prefix: str) -> dict[str, Any]:
     preset = row.preset
     size = {"width": preset.width, "height": preset.height, "num_frames": preset.num_frames}
     return {
-        "1": node("LoadModel", "Load Wan Model", model=model, weight_dtype="auto", attention="auto"),
+        "1": node("LoadModel", "Load Wan Model", model=shared(row, "dit"), weight_dtype="auto", attention="auto"),
         "2": node("LoadTextEncoder", "Load Wan Text Encoder", text_encoder=shared(row, "text_encoder"),
                   weight_dtype="auto"),
         "3": node("LoadVAE", "Load Wan VAE", vae=shared(row, "vae"), weight_dtype="auto"),
@@ -61,8 +117,39 @@ def text_to_video(model: str, prompt: str, prefix: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+CANVAS = {"vae": ["3", 0], "latent": ["6", 0], "fit": "cover"}
+
+
 def node(kind: str, title: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": f"WanFlow{kind}", "inputs": inputs, "_meta": {"title": title}}
+
+
+def load_image(title: str) -> dict[str, Any]:
+    return {"class_type": "LoadImage", "inputs": {"image": PICTURE}, "_meta": {"title": title}}
+
+
+def load_video(title: str, row: catalog.Row) -> dict[str, Any]:
+    size, frames = f"{row.preset.width}x{row.preset.height}", row.preset.num_frames
+    return node("LoadVideo", title, video=VIDEO, frame_rate=float(row.preset.fps), num_frames=frames, size=size)
+
+
+def load_image_encoder(row: catalog.Row) -> dict[str, Any]:
+    name = shared(row, "image_encoder")
+    return node("LoadImageEncoder", "Load Wan Image Encoder", image_encoder=name, weight_dtype="auto")
+
+
+def add(workflow: dict[str, Any], entry: dict[str, Any]) -> list:
+    """Put one more node into the workflow; the link to its first output."""
+    id = str(len(workflow) + 1)
+    workflow[id] = entry
+    return [id, 0]
+
+
+def condition(workflow: dict[str, Any], kind: str, title: str, **inputs: Any) -> None:
+    """Put a condition between those there are and the sampler."""
+    sampler = workflow["7"]["inputs"]
+    before = {"conditions": sampler["conditions"]} if "conditions" in sampler else {}
+    sampler["conditions"] = add(workflow, node(kind, title, **inputs, **before))
 
 
 def shared(row: catalog.Row, kind: str) -> str:
@@ -130,7 +217,7 @@ def depth(workflow: dict[str, Any], id: str) -> int:
 
 def files() -> dict[Path, str]:
     """Every file to write, with its text."""
-    infos = {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in node_classes())}
+    infos = {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in (*node_classes(), LoadImage))}
     texts = {}
     for name, workflow in workflows().items():
         texts[FOLDER / "api" / f"{name}.json"] = workflow
