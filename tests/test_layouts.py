@@ -1,8 +1,10 @@
 """The same weights in the layouts of other programs, written by these programs, compute the same here."""
 
+import functools
 import io
 import json
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,8 +13,9 @@ import sentencepiece
 import torch
 from comfyui_wanflow.wan_core.adapters.injection import Injection
 from comfyui_wanflow.wan_core.errors import FileError
-from comfyui_wanflow.wan_core.loading.checkpoint import open_checkpoint
+from comfyui_wanflow.wan_core.loading.checkpoint import Checkpoint, open_checkpoint
 from comfyui_wanflow.wan_core.loading.load import load_image_encoder, load_model, load_text_encoder, load_vae
+from comfyui_wanflow.wan_core.loading.mapped import Entry
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
 from comfyui_wanflow.wan_core.models.packed import PackedEmbedding, PackedLinear
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
@@ -21,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+MANIFEST = json.loads((Path(__file__).parent / "data" / "wan21_key_manifest.json").read_text())
 
 
 def seeded(module):
@@ -57,6 +61,31 @@ def diffusers_folder(tmp_path_factory):
     return folder, parts
 
 
+def made_by_diffusers(row):
+    """The published models as Diffusers and Transformers build them, without memory."""
+    wan = functools.partial(WanTransformer3DModel, attention_head_dim=128, text_dim=4096, freq_dim=256)
+    small = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+    large = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+    image = {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120}
+    with torch.device("meta"):
+        if row == "umt5-xxl-encoder":
+            return UMT5EncoderModel(UMT5Config(
+                vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+            ))  # fmt: skip
+        if row == "clip-vit-h-visual":
+            return CLIPVisionModelWithProjection(CLIPVisionConfig(
+                hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+                image_size=224, patch_size=14, projection_dim=1024,
+            ))  # fmt: skip
+        return {
+            "vae-2.1": AutoencoderKLWan,
+            "t2v-1.3b": functools.partial(wan, **small),
+            "t2v-14b": functools.partial(wan, **large),
+            "i2v-or-inp-14b": functools.partial(wan, **large, **image),
+            "flf2v-14b": functools.partial(wan, **large, **image, pos_embed_seq_len=514),
+        }[row]()
+
+
 def pieces(size=120, **options):
     """A small SentencePiece model with UMT5's special tokens."""
     out = io.BytesIO()
@@ -68,6 +97,26 @@ def pieces(size=120, **options):
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, **options,
     )  # fmt: skip
     return out.getvalue()
+
+
+class TestTrueSizes:
+    @pytest.mark.parametrize(
+        "row",
+        ["t2v-1.3b", "t2v-14b", "i2v-or-inp-14b", "flf2v-14b", "vae-2.1", "umt5-xxl-encoder", "clip-vit-h-visual"],
+    )
+    def test_every_tensor_of_the_published_models(self, row):
+        theirs = made_by_diffusers(row).state_dict().items()
+        entries = {name: Entry(tuple(tensor.shape), tensor.dtype, None) for name, tensor in theirs}
+        found = Checkpoint(entries, {}, [Path("theirs")]).shapes
+        for name in ("visual_projection.weight", "vision_model.embeddings.position_ids"):  # not used by Wan
+            found.pop(name, None)
+        wanted = {
+            name.replace("{N}", str(i)): tuple(shape)
+            for name, (shape, count) in MANIFEST[row]["keys"].items()
+            for i in range(count if "{N}" in name else 1)
+        }
+        wanted.pop("visual.head", None)
+        assert found == wanted
 
 
 class TestDiffusers:
@@ -188,7 +237,7 @@ def write_gguf(path, architecture, tensors, kinds, fill=None):
     for name, tensor in tensors.items():
         kind = gguf.GGMLQuantizationType[kinds.get(name, "F32")]
         data = gguf.quants.quantize(tensor.numpy(), kind)
-        if tensor.ndim == 5:
+        if tensor.ndim == 5 and kinds.get(name) != "F16":  # others write the five sides as they are
             data = data.reshape(-1, data.shape[-1])
             writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
         writer.add_tensor(name, data, raw_dtype=kind)
@@ -216,7 +265,7 @@ class TestGGUF:
     )
     def test_a_diffusion_model(self, tmp_path, dit, kind, prefix):
         kinds = {prefix + n: kind for n, t in dit.items() if t.ndim == 2}
-        kinds[prefix + "patch_embedding.weight"] = "F16"
+        kinds[prefix + "patch_embedding.weight"] = "F16" if kind == "F16" else "F32"
         meant = write_gguf(tmp_path / "a.gguf", "wan", {prefix + n: t for n, t in dit.items()}, kinds)
         model = load_model(tmp_path / "a.gguf", device="cpu")
         assert model.layout == self.LAYOUT
