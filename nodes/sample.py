@@ -139,7 +139,9 @@ class Sampler(io.ComfyNode):
             progress.update(step + 1, denoised)
 
         branches = 2 if cfg_merge and negative_text is not None else 1
-        with host.attached(model, sampling_room(model.layout, samples.shape, branches, model.compute_dtype)):
+        vace = model.module.vace is not None
+        room = sampling_room(model.layout, samples.shape, branches, model.compute_dtype, vace)
+        with host.attached(model, room):
             result = sample(model, text, negative_text, samples, settings, conditions, on_step)
         return io.NodeOutput({"samples": result.to(host.intermediate_device())})
 

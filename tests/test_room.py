@@ -5,6 +5,8 @@ import weakref
 import comfyui_wanflow.wan_core.models.dit as dit
 import pytest
 import torch
+from comfyui_wanflow.wan_core.adapters.vace import VACEResiduals
+from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from comfyui_wanflow.wan_core.room import decoding_room, encoding_room, sampling_room
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,12 +16,16 @@ BF16 = torch.bfloat16
 
 
 class LivingTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside the `with`, and remembers the highest count."""
+    """Counts the bytes of all tensors made inside the `with`, and remembers the highest count.
 
-    def __init__(self):
+    The modules' weights, of which every use makes a view, do not count.
+    """
+
+    def __init__(self, *modules):
         super().__init__()
         self.bytes = self.peak = 0
-        self.known = set()
+        self.weights = [parameter.untyped_storage() for module in modules for parameter in module.parameters()]
+        self.known = {storage._cdata for storage in self.weights}
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         result = function(*arguments, **(named or {}))
@@ -51,24 +57,28 @@ def assert_close_above(estimate, counted):
 
 
 @pytest.mark.parametrize("dim, ffn_dim", [(1536, 8960), (5120, 13824)])
-@pytest.mark.parametrize("latent", [(1, 16, 21, 60, 104), (2, 16, 21, 90, 160)])
-def test_sampling(monkeypatch, dim, ffn_dim, latent):
-    layout = dit.DiTLayout(dim=dim, ffn_dim=ffn_dim, layers=2, heads=dim // 128)
+@pytest.mark.parametrize("latent", [(1, 16, 21, 60, 104), (2, 16, 21, 90, 160), (1, 16, 1, 32, 32)])
+@pytest.mark.parametrize("vace", [False, True])
+def test_sampling(monkeypatch, dim, ffn_dim, latent, vace):
+    layout = dit.DiTLayout(dim=dim, ffn_dim=ffn_dim, layers=4, heads=dim // 128)
     model = on_meta(lambda: dit.DiT(layout))
+    adviser = on_meta(lambda: VACE(VACELayout(dim, ffn_dim, 2, dim // 128)))
     monkeypatch.setattr(dit, "pad_text", lambda text: (text, None))  # it looks at values, of which meta has none
     x, time, text = (torch.empty(shape, device="meta") for shape in (latent, (1,), (latent[0], 512, 4096)))
-    with torch.inference_mode(), LivingTensors() as living:
-        model(x, time, text, run=dit.Run(compute_dtype=BF16))
-    assert_close_above(sampling_room(layout, latent, 1, BF16), living.peak)
+    context = torch.empty(1, 96, *latent[2:], device="meta", dtype=BF16)
+    residuals = (VACEResiduals(adviser, context, 1.0, layout.layers),) if vace else ()
+    with torch.inference_mode(), LivingTensors(model, adviser) as living:
+        model(x, time, text, dit.Slots(block_residuals=residuals), dit.Run(compute_dtype=BF16))
+    assert_close_above(sampling_room(layout, latent, 1, BF16, vace), living.peak)
 
 
 def test_coding():
     vae = on_meta(VideoVAE)
     latents = torch.empty(1, 16, 3, 60, 104, device="meta", dtype=BF16)
-    with torch.inference_mode(), LivingTensors() as living:
+    with torch.inference_mode(), LivingTensors(vae) as living:
         pixels = vae.decode(latents)
     assert_close_above(decoding_room(96, (480, 832), BF16), living.peak - pixels.nbytes)
     pixels = pixels.to(BF16)
-    with torch.inference_mode(), LivingTensors() as living:
+    with torch.inference_mode(), LivingTensors(vae) as living:
         vae.encode(pixels)
     assert_close_above(encoding_room(96, (480, 832), BF16), living.peak)

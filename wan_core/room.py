@@ -13,15 +13,18 @@ from .models.dit import PATCH, DiTLayout
 DECODE_CHANNELS, ENCODE_CHANNELS = 50, 40  # full-size channels alive at once, in units of the network's width
 
 
-def sampling_room(layout: DiTLayout, latent: tuple[int, ...], branches: int, dtype: torch.dtype) -> int:
+def sampling_room(
+    layout: DiTLayout, latent: tuple[int, ...], branches: int, dtype: torch.dtype, vace: bool = False
+) -> int:
     """Bytes for one step on latents (b, 16, T, h, w); branches is 2 where both prompts run as one batch.
 
-    A block holds about nine tensors as wide as the tokens. The timestep's projection, 6 dim^2 weights, is widened to
-    fp32 before the first.
+    A block holds eight tensors as wide as the tokens, and VACE two beside them. Before the first block the timestep's
+    projection, 6 dim^2 weights, is widened to fp32.
     """
     rows, _, frames, height, width = latent
     tokens = branches * rows * frames * height * width // (PATCH[1] * PATCH[2])
-    return 9 * tokens * layout.dim * dtype.itemsize + 6 * layout.dim**2 * torch.float32.itemsize
+    blocks = (11 if vace else 9) * tokens * layout.dim * dtype.itemsize
+    return max(blocks, 7 * layout.dim**2 * torch.float32.itemsize)
 
 
 def decoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype) -> int:
