@@ -5,15 +5,19 @@ import json
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from comfyui_wanflow.wan_core.errors import FileError
 from comfyui_wanflow.wan_core.loading.checkpoint import open_checkpoint
-from comfyui_wanflow.wan_core.loading.load import load_model
+from comfyui_wanflow.wan_core.loading.load import load_image_encoder, load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.models import ggml, packed
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
+from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
 from comfyui_wanflow.wan_core.models.layers import Linear
 from comfyui_wanflow.wan_core.models.packed import Packed, PackedEmbedding, PackedLinear, keep_packed
 from comfyui_wanflow.wan_core.models.packings import E2M1, unpack_scaled
+from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
+from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from safetensors.torch import save_file
 from torch import nn
 
@@ -60,6 +64,45 @@ def scaled(weight, shape, dtype):
 
 def note(**content):
     return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+class TestPlainFp8:
+    """Cast without scales, some programs do it to every tensor: norms, biases, modulation, embeddings."""
+
+    @pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2], ids=str)
+    def test_a_diffusion_model(self, tmp_path, weights, dtype):
+        narrow = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        trunk = loaded(tmp_path, narrow)
+        assert {parameter.dtype for parameter in trunk.parameters()} == {dtype}
+        assert_computes_with(trunk, {name: tensor.float() for name, tensor in narrow.items()})
+
+    @pytest.mark.parametrize(
+        "make, load, run",
+        [
+            (lambda: UMT5Encoder(UMT5Layout(9, 32, 8, 16, 2, 2)), load_text_encoder,
+             lambda module: module(torch.tensor([[3, 4, 1]]), torch.ones(1, 3))),
+            (lambda: VideoVAE(8), load_vae, lambda module: module.decode(torch.ones(1, 16, 2, 2, 2))),
+            (lambda: ImageEncoder(ImageEncoderLayout(80, 32, 1, 2, 14, 28)), load_image_encoder,
+             lambda module: module(torch.ones(1, 28, 28, 3))),
+        ],
+        ids=["text encoder", "VAE", "image encoder"],
+    )  # fmt: skip
+    def test_the_others(self, tmp_path, make, load, run):
+        plain = make().eval()
+        generator = torch.Generator().manual_seed(0)
+        narrow = {name: (torch.randn(t.shape, generator=generator) * 0.1).to(FP8) for name, t in
+                  plain.state_dict().items()}  # fmt: skip
+        plain.load_state_dict({name: tensor.float() for name, tensor in narrow.items()})
+        if load is load_image_encoder:  # the block after the last that is used
+            narrow |= {n.replace(".1.", ".2."): t.clone() for n, t in narrow.items() if ".transformer.1." in n}
+        save_file(narrow, tmp_path / "a.safetensors")
+        if load is load_text_encoder:
+            vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 3, "<unk>": 2}, unk_token="<unk>"))
+            vocabulary.save(str(tmp_path / "tokenizer.json"))
+        module = load(tmp_path / "a.safetensors", device="cpu").module
+        assert {parameter.dtype for parameter in module.parameters()} == {FP8}
+        with torch.no_grad():
+            torch.testing.assert_close(run(module), run(plain), rtol=1e-5, atol=1e-5)
 
 
 class TestScales:
