@@ -19,6 +19,7 @@ WanTextEncoder = io.Custom("WAN_TEXT_ENCODER")
 WanImageEncoder = io.Custom("WAN_IMAGE_ENCODER")
 WanVAE = io.Custom("WAN_VAE")
 WanConditions = io.Custom("WAN_CONDITIONS")
+WanLora = io.Custom("WAN_LORA")
 
 
 def latent_samples(latent: dict[str, Any], name: str = "latent") -> Tensor:

@@ -35,6 +35,7 @@ RELEASED = {
         "conditions preview",
     ),
     "WanFlowAddModule": ("model module", "files", "model"),
+    "WanFlowApplyLora": ("model lora_name strength", "lora", "model report"),
     "WanFlowMotionSpeed": ("motion_bucket_id", "conditions", "conditions"),
     "WanFlowEmptyLatent": ("width height num_frames batch_size", "", "latent"),
     "WanFlowTextEncode": ("text_encoder text", "", "conditioning report"),

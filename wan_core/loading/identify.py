@@ -42,7 +42,7 @@ KINDS = {
     ),
     "motion_controller": Kind("a motion speed controller", "Add Wan Module", "model.safetensors"),
     "vace_module": Kind("a VACE module", "Add Wan Module", "Wan2_1-VACE_module_14B_bf16.safetensors"),
-    "lora": Kind("a LoRA", "", "my_lora.safetensors"),
+    "lora": Kind("a LoRA", "Apply Wan LoRA", "my_lora.safetensors"),
 }  # fmt: skip
 
 # Other diffusion models: a part of a tensor's name, and what it is.
@@ -51,8 +51,9 @@ STRANGERS = (
     ("joint_blocks.", "Stable Diffusion 3"),
     ("input_blocks.", "Stable Diffusion 1, 2 or XL"),
 )
-LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "lokr_w1", "hada_w1_a",
-              ".dora_scale")  # fmt: skip
+LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".lokr_w", ".hada_w",
+              ".dora_scale", ".oft_", "_loras.")  # fmt: skip
+LORA_ENDS = (".diff", ".diff_b", ".diff_m", ".set_weight", ".w_norm", ".b_norm")
 
 
 def identify(shapes: Shapes) -> Identity:
@@ -89,7 +90,7 @@ def _count(shapes: Shapes, prefix: str) -> int:
 
 
 def _lora(shapes: Shapes) -> Identity | None:
-    if any(part in name for name in shapes for part in LORA_PARTS) or any(n.endswith(".diff") for n in shapes):
+    if any(part in name for name in shapes for part in LORA_PARTS) or any(n.endswith(LORA_ENDS) for n in shapes):
         return Identity("lora", f"a LoRA ({len(shapes)} tensors)")
     return None
 

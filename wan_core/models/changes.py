@@ -146,7 +146,7 @@ def pair(a: Tensor, b: Tensor, core: Tensor | None, like: Tensor) -> Tensor:
     a, b = a.to(like.dtype), b.to(like.dtype)
     if core is None:
         return a @ b.flatten(1)
-    return torch.einsum("ij...,jc,ir->rc...", core.to(like.dtype), b, a).flatten(1)
+    return torch.einsum("ij...,jc,ir->rc...", core.to(like.dtype), b, a).flatten(1).contiguous()
 
 
 def pair_shape(a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[int, int]:

@@ -1,0 +1,60 @@
+"""LoRAs (menu loaders): changes to a model, applied while it runs."""
+
+from __future__ import annotations
+
+from ..wan_core.loading.lora_files import load_lora
+from ..wan_core.lora import fit, report
+from .host import host, io
+from .wires import WanLora, WanModel
+
+NONE = "none"
+
+
+class ApplyLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowApplyLora",
+            display_name="Apply Wan LoRA",
+            category="WanFlow/loaders",
+            description="Changes a model by a LoRA, of any program and kind. Put several in a row to combine them. "
+            "The model's weights stay as they are, so another strength loads nothing.",
+            inputs=[
+                WanModel.Input("model", tooltip="From Load Wan Model, Add Wan Module or another Apply Wan LoRA."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NONE, *host.model_files("loras")],
+                    default=NONE,
+                    tooltip="A file in models/loras. none leaves the model as it is.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="1 as trained, 0 without effect; negative values do the opposite.",
+                ),
+                WanLora.Input("lora", optional=True, tooltip="A LoRA from a node, in place of a file."),
+            ],
+            outputs=[
+                WanModel.Output(display_name="model", tooltip="For Wan Sampler."),
+                io.String.Output(
+                    display_name="report", tooltip="How much of the LoRA fits the model, and what does not."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, lora_name, strength, lora=None):
+        if lora is None and lora_name == NONE:
+            return io.NodeOutput(model, "No LoRA was chosen: the model stays as it is.")
+        lora = lora or load_lora(host.find_model("loras", lora_name))
+        changed = model.with_lora(lora, strength)
+        text = report(lora, fit(lora, model.module), strength)
+        host.say(text)
+        return io.NodeOutput(changed, text)
+
+
+NODES = [ApplyLora]
