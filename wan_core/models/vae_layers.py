@@ -14,6 +14,8 @@ the input decides the arithmetic, whatever type the weights are stored in.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,29 +27,38 @@ CUBE, TIME, POINT = (3, 3, 3), (3, 1, 1), (1, 1, 1)  # kernels: frames, rows, co
 
 
 class Memory:
-    """What the layers keep between two groups of frames of one clip."""
+    """What the layers keep between two groups of frames of one clip: each its last input frames."""
 
     def __init__(self):
-        self.frames: dict[nn.Module, list[Tensor]] = {}
+        self.last: dict[nn.Module, list[Tensor]] = {}
+        self.seen: Counter[nn.Module] = Counter()  # how many frames each layer was given so far
 
-    def exchange(self, layer: nn.Module, x: Tensor, count: int) -> list[Tensor]:
-        """(b, c, t, h, w) -> its frames (b, c, h, w) behind the last `count` ones; remembers what comes last now.
+    def recall(self, layer: nn.Module, x: Tensor, count: int) -> list[Tensor]:
+        """(b, c, t, h, w) -> its frames (b, c, h, w) behind the last `count` ones.
 
         Before a clip begins there is nothing: several frames get zeros in front, a single one only what there is.
         """
-        frames = [*self.frames.get(layer, ()), *x.unbind(2)]
-        self.frames[layer] = [frame.clone() for frame in frames[-count:]]  # a view would keep all of x alive
-        if x.shape[2] > 1:
-            missing = count + x.shape[2] - len(frames)
-            frames = [torch.zeros_like(frames[0])] * missing + frames
-        return frames
+        if layer not in self.last:
+            self.last[layer] = [torch.zeros_like(x[:, :, 0]) for _ in range(count)]
+        nothing = max(0, count - self.seen[layer]) if x.shape[2] == 1 else 0
+        self.seen[layer] += x.shape[2]
+        return [*self.last[layer][nothing:], *x.unbind(2)]
 
-    def split_first(self, layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    def keep(self, layer: nn.Module, frames: list[Tensor]) -> None:
+        """Remember the last of these frames, which may begin with those remembered before."""
+        count = len(self.last[layer])
+        if torch.is_grad_enabled():
+            self.last[layer] = [*self.last[layer], *frames][-count:]
+            return
+        # Into the same places, as long as the clip lasts: new ones would scatter the heap, views keep all frames alive.
+        for place, frame in zip(self.last[layer][-len(frames) :], frames[-count:], strict=True):
+            place.copy_(frame)
+
+    def split_first(self, layer: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Frame 0 of the clip, if x begins with it, and the other frames."""
-        if layer in self.frames:
-            return None, x
-        self.frames[layer] = []
-        return x[:, :, :1], x[:, :, 1:]
+        first = 0 if self.seen[layer] else 1
+        self.seen[layer] += x.shape[2]
+        return [x[:, :, :1]] * first, x[:, :, first:]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -81,14 +92,17 @@ class CausalConv3d(nn.Conv3d):
         weight, bias = widened(self.weight, x), widened(self.bias, x)
         if self.kernel_size == POINT:
             return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-        frames = memory.exchange(self, x, self.kernel_size[0] - self.stride[0])
+        frames = memory.recall(self, x, self.kernel_size[0] - self.stride[0])
         if self.kernel_size == TIME:
-            return mix_frames(frames, weight.flatten(2), bias, self.stride[0])
-        if x.shape[2] == 1:
-            return convolve_last(frames, weight, bias)[:, :, None]
-        if winograd.pays(x):
-            return winograd.convolve_frames(frames, weight, bias)
-        return F.conv3d(stack_frames(frames), weight, bias, padding=self.padding)
+            out = mix_frames(frames, weight.flatten(2), bias, self.stride[0])
+        elif x.shape[2] == 1:
+            out = convolve_last(frames, weight, bias)[:, :, None]
+        elif winograd.pays(x):
+            out = winograd.convolve_frames(frames, weight, bias)
+        else:
+            out = F.conv3d(stack_frames(frames), weight, bias, padding=self.padding)
+        memory.keep(self, frames)
+        return out
 
 
 def convolve_last(frames: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -183,10 +197,9 @@ class Downsample(nn.Module):
         x = frames_together(self.resample(frames_apart(x)), x.shape[0])
         if self.time_conv is None:
             return x
-        first, x = memory.split_first(self, x)
-        if first is not None:
-            memory.exchange(self.time_conv, first, 1)
-        parts = [] if first is None else [first]
+        parts, x = memory.split_first(self, x)
+        for first in parts:
+            memory.keep(self.time_conv, memory.recall(self.time_conv, first, 1))
         if x.shape[2]:
             parts.append(self.time_conv(x, memory))
         return torch.cat(parts, dim=2)
@@ -235,8 +248,7 @@ class Upsample(nn.Module):
 
     def double_time(self, x: Tensor, memory: Memory) -> Tensor:
         # Frame 0 is neither doubled nor remembered: the published network was trained so.
-        first, x = memory.split_first(self, x)
-        parts = [] if first is None else [first]
+        parts, x = memory.split_first(self, x)
         if x.shape[2]:
             # the two halves of the channels are the even and the odd frames
             even, odd = self.time_conv(x, memory).chunk(2, dim=1)
