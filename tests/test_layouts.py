@@ -317,6 +317,30 @@ class TestGGUF:
             with pytest.raises(FileError, match="damaged or incomplete and cannot be read as GGUF. Download it again"):
                 open_checkpoint(tmp_path / "a.gguf")
 
+    def test_a_damaged_header_is_told_in_words(self, tmp_path):
+        def fill(writer):
+            writer.add_tokenizer_model("t5")
+            writer.add_token_list(["a", "b"] * 9)
+            writer.add_token_scores([0.5] * 18)
+            writer.add_token_types([1] * 18)
+
+        tensors = {"a.weight": torch.zeros(4, 64), "b.weight": torch.zeros(2, 2, 2, 2, 2)}
+        write_gguf(tmp_path / "a.gguf", "wan", tensors, {"a.weight": "Q8_0"}, fill)
+        content = (tmp_path / "a.gguf").read_bytes()
+        random, refused = np.random.default_rng(0), 0
+        for _ in range(300):
+            damaged = bytearray(content)
+            for place in random.integers(4, len(content) - 500, random.integers(1, 4)):
+                damaged[place] = random.choice([0, 1, 8, 9, 255])
+            (tmp_path / "a.gguf").write_bytes(damaged)
+            try:
+                checkpoint = open_checkpoint(tmp_path / "a.gguf")
+                for name in checkpoint.shapes:
+                    checkpoint.tensor(name)
+            except FileError:  # and nothing else
+                refused += 1
+        assert refused > 100
+
     def test_types_that_are_not_read_are_named(self, tmp_path, dit):
         writer = gguf.GGUFWriter(tmp_path / "a.gguf", "wan")
         kind = gguf.GGMLQuantizationType.TQ2_0

@@ -6,8 +6,11 @@ sides are stored in the reverse order, and a text encoder brings its vocabulary 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -29,24 +32,29 @@ TOKENIZER = "tokenizer.ggml."
 
 def open_gguf(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors and the metadata of a file. Raises FileError if it is truncated, damaged or of an unknown type."""
-    reader = _read_header(path)
-    mapped = map_file(path)
-    entries = {tensor.name: _entry(path, reader, tensor, mapped) for tensor in reader.tensors}
-    if _value(reader, TOKENIZER + "model") == "t5":
-        # Under the name that ComfyUI's files give the same thing
-        entries["spiece_model"] = Entry((0,), torch.uint8, partial(_vocabulary, reader))
-    metadata = {name: _value(reader, name) for name in ("general.architecture", "general.name")}
-    return entries, {name: str(value) for name, value in metadata.items() if value is not None}
-
-
-def _read_header(path: Path):
     try:
         import gguf
     except ImportError:
         raise FileError(f"{path} is a GGUF file, and reading it needs the package gguf: 'pip install gguf'.") from None
+    with _telling_damage(path):
+        reader = _reader_class(gguf)(path)
+        mapped = map_file(path)
+        entries = {tensor.name: _entry(path, reader, tensor, mapped) for tensor in reader.tensors}
+        if _value(reader, TOKENIZER + "model") == "t5":
+            # Under the name that ComfyUI's files give the same thing
+            entries["spiece_model"] = Entry((0,), torch.uint8, partial(_vocabulary, path, reader))
+        metadata = {name: _value(reader, name) for name in ("general.architecture", "general.name")}
+    return entries, {name: str(value) for name, value in metadata.items() if value is not None}
+
+
+@contextmanager
+def _telling_damage(path: Path) -> Iterator[None]:
+    """What the reader stumbles over, in words."""
     try:
-        return _reader_class(gguf)(path)
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError, struct.error) as error:
+        yield
+    except FileError:
+        raise
+    except (ValueError, LookupError, OverflowError, TypeError, struct.error) as error:
         raise FileError(f"{path} is damaged or incomplete and cannot be read as GGUF. Download it again.") from error
 
 
@@ -84,6 +92,8 @@ def _texts(data: memoryview, begin: int, count: int) -> tuple[list[memoryview], 
 def _entry(path: Path, reader, tensor, mapped: mmap.mmap) -> Entry:
     stored = tuple(int(side) for side in reversed(tensor.shape))
     shape = tuple(_value(reader, SHAPE_KEY + tensor.name) or stored)
+    if math.prod(shape) != math.prod(stored):
+        raise ValueError(f"{tensor.name} cannot have the sides {shape}")
     kind, begin = tensor.tensor_type.name, int(tensor.data_offset)
     if dtype := PLAIN.get(kind):
         return Entry(shape, dtype, partial(view, mapped, begin, shape, dtype))
@@ -108,13 +118,14 @@ def _value(reader, name: str):
     return None if field is None else field.contents()
 
 
-def _vocabulary(reader) -> torch.Tensor:
+def _vocabulary(path: Path, reader) -> torch.Tensor:
     """The tokenizer's tables as the file of SentencePiece that they were made from."""
-    tokens, scores, kinds = (_value(reader, TOKENIZER + name) for name in ("tokens", "scores", "token_type"))
-    model = spiece_model(
-        [Piece(*row) for row in zip(tokens, scores, kinds, strict=True)],
-        normalisation=bytes(_value(reader, TOKENIZER + "precompiled_charsmap") or b""),
-        space_in_front=bool(_value(reader, TOKENIZER + "add_space_prefix")),
-        single_spaces=bool(_value(reader, TOKENIZER + "remove_extra_whitespaces")),
-    )
+    with _telling_damage(path):
+        tokens, scores, kinds = (_value(reader, TOKENIZER + name) for name in ("tokens", "scores", "token_type"))
+        model = spiece_model(
+            [Piece(*row) for row in zip(tokens, scores, kinds, strict=True)],
+            normalisation=bytes(_value(reader, TOKENIZER + "precompiled_charsmap") or b""),
+            space_in_front=bool(_value(reader, TOKENIZER + "add_space_prefix")),
+            single_spaces=bool(_value(reader, TOKENIZER + "remove_extra_whitespaces")),
+        )
     return torch.frombuffer(bytearray(model), dtype=torch.uint8)
