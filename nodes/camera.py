@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from ..wan_core.adapters.camera import CameraCondition
 from ..wan_core.size import pixel_size
-from ..wan_core.trajectory import DIRECTIONS, ORIGIN, read_trajectory, trajectory
+from ..wan_core.trajectory import DIRECTIONS, ORIGIN, Trajectory, read_trajectory, trajectory
 from ..wan_core.viewfinder import view
 from .condition import conditions_input, conditions_output, latent_input, latent_size
 from .host import host, io
@@ -63,20 +65,29 @@ class Camera(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, trajectory="", **_):
+        return hashlib.sha256(trajectory_text(trajectory).encode()).hexdigest()
+
+    @classmethod
     def execute(cls, latent, direction, speed, origin="", trajectory="", conditions=()):
         frames, height, width = pixel_size(*latent_size(latent))
-        path = camera_path(direction, speed, origin, trajectory, frames)
+        path = camera_path(direction, speed, origin, trajectory_text(trajectory), frames)
         pictures = view(path, height, width)
         return io.NodeOutput((*conditions, CameraCondition(path)), pictures.to(host.intermediate_device()))
 
 
-def camera_path(direction: str, speed: float, origin: str, text: str, frames: int):
-    """The trajectory: that of the text (or of the file it names) if there is one, else of the direction."""
-    text = text.strip()
+def trajectory_text(given: str) -> str:
+    """The text itself, or what is in the file that it names."""
+    given = given.strip()
+    if given.endswith(".txt") and "\n" not in given:
+        return host.input_path(given).read_text(encoding="utf-8", errors="replace")
+    return given
+
+
+def camera_path(direction: str, speed: float, origin: str, text: str, frames: int) -> Trajectory:
+    """The way that the text describes if there is one, else that of the direction."""
     if not text:
         return trajectory(direction, speed, frames, origin)
-    if text.endswith(".txt") and "\n" not in text:
-        text = host.input_path(text).read_text(encoding="utf-8")
     path, note = read_trajectory(text, frames)
     if note:
         host.say(note)

@@ -23,6 +23,7 @@ from .wires import encode_with
 
 MASK_EDGES = ("hard", "soft")
 PREVIEW_HEIGHT = 256
+GREY = 0.01  # how far from 0.5 a colour still is grey
 
 
 class VACE(io.ComfyNode):
@@ -122,6 +123,8 @@ def warnings(video: Tensor | None, mask: Tensor | None, pictures: Tensor | None)
         found.append("Wan VACE has a mask but no video: what the mask keeps will be grey.")
     if mask is not None and not mask.any():
         found.append("The mask of Wan VACE is black everywhere: all of the video is kept, nothing is made.")
+    if video is not None and (video - 0.5).abs().max() < GREY:
+        found.append("The video of Wan VACE is grey everywhere: it shows the model nothing.")
     return found
 
 

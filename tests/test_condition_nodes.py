@@ -59,6 +59,10 @@ def test_camera_reads_a_trajectory_or_its_file(capsys, tmp_path, monkeypatch):
         (condition,), _ = run("WanFlowCamera", latent=LATENT, direction="Left", speed=1.0, trajectory=given)
         assert condition.trajectory.poses[:, 0, 3].tolist() == [i / 4 for i in range(9)]
         assert "3 poses was spread over the 9 frames" in capsys.readouterr().err
+    before = NODES["WanFlowCamera"].fingerprint_inputs(trajectory="way.txt", direction="Left")
+    (tmp_path / "way.txt").write_text(text)  # another file of the same name is another input
+    assert NODES["WanFlowCamera"].fingerprint_inputs(trajectory="way.txt", direction="Left") != before
+    assert NODES["WanFlowCamera"].fingerprint_inputs(direction="Left") != before
     with pytest.raises(InputError, match="trajectory"):
         run("WanFlowCamera", latent=LATENT, direction="Left", speed=1.0, trajectory="to the left")
 
@@ -102,6 +106,7 @@ def test_vace_shows_pictures_whole_on_white():
     [
         ({}, "neither a video nor a reference image"),
         ({"mask": torch.ones(9, 32, 48)}, "a mask but no video"),
+        ({"video": torch.full((9, 32, 48, 3), 0.5)}, "grey everywhere"),
         ({"video": torch.rand(9, 32, 48, 3), "mask": torch.zeros(9, 32, 48)}, "black everywhere"),
     ],
 )

@@ -6,12 +6,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import torch.utils.checkpoint
 from comfyui_wanflow.wan_core.adapters.injection import Canvas, inject
 from comfyui_wanflow.wan_core.adapters.vace import VACECondition, fold_mask, vace_condition
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
 from comfyui_wanflow.wan_core.loading.keymaps import published_names
 from comfyui_wanflow.wan_core.model import WanModel
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE, normalised
@@ -206,6 +207,22 @@ def test_two_conditions_add_their_hints_and_one_may_have_pictures():
     assert net(x, torch.tensor([500.0]), text, injection).shape == x.shape
     window = injection.frames(1, 3)
     assert net(x[:, :, :4], torch.tensor([500.0]), text, window).shape == (2, 16, 4, *SIZE[1:])
+
+
+def test_vace_can_be_trained_while_the_trunk_rests():
+    net = network()
+    net.trunk.requires_grad_(False)
+    injection = inject([random_condition(references=1)], net, CANVAS)
+    x, text = torch.randn(1, 16, 4, *SIZE[1:]), torch.zeros(1, 8, 16)
+    torch.nn.init.normal_(net.trunk.head.head.weight)  # fresh heads answer nothing
+    net(x, torch.tensor([500.0]), text, injection, Run(around=checkpointed)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in net.vace.parameters())
+    assert net.vace.vace_patch_embedding.weight.grad.any() and net.vace.vace_blocks[1].after_proj.weight.grad.any()
+    assert not any(parameter.grad is not None for parameter in net.trunk.parameters())
+
+
+def checkpointed(module, *arguments):
+    return torch.utils.checkpoint.checkpoint(module, *arguments, use_reentrant=False)
 
 
 def test_misfits_are_refused():
