@@ -51,7 +51,7 @@ STRANGERS = (
     ("joint_blocks.", "Stable Diffusion 3"),
     ("input_blocks.", "Stable Diffusion 1, 2 or XL"),
 )
-LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".lokr_w", ".hada_w",
+LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "lora.down.", "lora.up.", ".lokr_w", ".hada_w",
               ".dora_scale", ".oft_", "_loras.")  # fmt: skip
 LORA_ENDS = (".diff", ".diff_b", ".diff_m", ".set_weight", ".w_norm", ".b_norm")
 
