@@ -162,6 +162,9 @@ class TestScales:
              r"cannot read \(int8_tensorwise, rotated\)"),
             ({"scale_weight": torch.ones(7)}, r"'blocks.0.ffn.0.weight' is quantised.*\[256, 128\].*\[7\]"),
             ({"weight_scale": torch.ones(()), "comfy_quant": torch.tensor([65], dtype=torch.uint8)}, "damaged note"),
+            ({"weight_scale": torch.ones(()), "comfy_quant": torch.tensor([49], dtype=torch.uint8)}, "damaged note"),
+            ({"weight_scale": torch.ones(256, 8, dtype=torch.uint8)}, r"with scales uint8 \[256, 8\]"),
+            ({"scale_weight": torch.ones(256, 0)}, r"with scales float32 \[256, 0\]"),
         ],
     )  # fmt: skip
     def test_what_is_not_known_is_refused(self, tmp_path, weights, extra, sentence):

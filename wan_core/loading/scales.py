@@ -8,6 +8,7 @@ the types and shapes; the notes are read only for what WanFlow does not know.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -30,11 +31,9 @@ def fold_scales(entries: Mapping[str, Entry], metadata: Mapping[str, str], descr
 
     Raises FileError for a quantisation that WanFlow does not know.
     """
-    for note in _notes(entries, metadata, description):
-        known = note.get("format") in FORMATS
-        if not known or note.get("convrot") or note.get("params", {}).get("convrot"):
-            name = f"{note.get('format')}{', rotated' if known else ''}"
-            raise _refusal(description, f"quantised in a way that WanFlow cannot read ({name})")
+    for kind, rotated in _notes(entries, metadata, description):
+        if kind not in FORMATS or rotated:
+            raise _refusal(description, f"{kind}{', rotated' if rotated else ''}")
     folded = {name: entry for name, entry in entries.items() if not name.endswith(UNUSED)}
     for name, weight in entries.items():
         layer = name.removesuffix("weight")
@@ -47,24 +46,26 @@ def fold_scales(entries: Mapping[str, Entry], metadata: Mapping[str, str], descr
     return folded
 
 
-def _notes(entries: Mapping[str, Entry], metadata: Mapping[str, str], description: str) -> Iterator[dict]:
-    """What the file says about the quantisation of its layers."""
+def _notes(
+    entries: Mapping[str, Entry], metadata: Mapping[str, str], description: str
+) -> Iterator[tuple[str | None, bool]]:
+    """What the file says about the quantisation of its layers: the format, and whether it is of a rotated weight."""
     try:
-        yield from json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {}).values()
-        for name, entry in entries.items():
-            if name.endswith(".comfy_quant"):
-                yield json.loads(bytes(entry.read().tolist()))
-    except (ValueError, AttributeError) as error:
+        notes = list(json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {}).values())
+        notes += [json.loads(bytes(entries[name].read().tolist())) for name in entries if name.endswith(".comfy_quant")]
+        for note in notes:
+            yield note.get("format"), bool(note.get("convrot") or (note.get("params") or {}).get("convrot"))
+    except (ValueError, AttributeError, TypeError) as error:
         raise FileError(f"{description} has a damaged note on its quantisation. Download it again.") from error
 
 
 def _packed_entry(parts: Mapping[str, Entry], what: str) -> Entry:
     weight, scale = parts["weight"], parts["scale"]
     rows, columns = (*weight.shape, 0)[:2]
-    if weight.dtype == torch.uint8 and "block_scale" in parts:
+    if weight.dtype == torch.uint8 and _in_tiles(parts.get("block_scale"), rows, columns * 2 // NVFP4_BLOCK):
         shape, unpack, packing = (rows, columns * 2), unpack_nvfp4, "nvfp4"
         arrange = {"block_scale": partial(_fp8_tiles, rows=rows, columns=columns * 2 // NVFP4_BLOCK)}
-    elif weight.dtype in NARROW[:2] and scale.dtype == torch.uint8:
+    elif weight.dtype in NARROW[:2] and scale.dtype == torch.uint8 and _in_tiles(scale, rows, columns // MXFP8_BLOCK):
         shape, unpack, packing = weight.shape, unpack_mxfp8, "mxfp8"
         arrange = {"scale": partial(rows_of_tiles, rows=rows, columns=columns // MXFP8_BLOCK)}
     elif weight.dtype in NARROW and scale.dtype.is_floating_point and _fits(scale.shape, rows, columns):
@@ -73,7 +74,7 @@ def _packed_entry(parts: Mapping[str, Entry], what: str) -> Entry:
         arrange = {} if single else {"scale": lambda scale: scale.reshape(rows, -1)}
     else:
         stored, scales = (f"{type_name(part.dtype)} {list(part.shape)}" for part in (weight, scale))
-        raise _refusal(what, f"quantised in a way that WanFlow cannot read ({stored} with scales {scales})")
+        raise _refusal(what, f"{stored} with scales {scales}")
     return Entry(shape, weight.dtype, lambda: _read(shape, parts, unpack, arrange), packing)
 
 
@@ -81,7 +82,14 @@ def _fits(scale: tuple[int, ...], rows: int, columns: int) -> bool:
     """Whether these are one scale, one for each row, or (rows, blocks) with or without a last side of one."""
     if scale in ((), (1,), (rows,)):
         return True
-    return len(scale) in (2, 3) and scale[0] == rows and columns % scale[1] == 0 and scale[2:] in ((), (1,))
+    if len(scale) not in (2, 3) or scale[0] != rows or scale[2:] not in ((), (1,)):
+        return False
+    return scale[1] > 0 and columns % scale[1] == 0
+
+
+def _in_tiles(scale: Entry | None, rows: int, columns: int) -> bool:
+    """Whether these are scales for so many rows and columns, padded to cuBLAS's tiles."""
+    return scale is not None and math.prod(scale.shape) == math.ceil(rows / 128) * math.ceil(columns / 4) * 512
 
 
 def _read(shape: tuple[int, ...], parts: Mapping[str, Entry], unpack: Unpack, arrange: Mapping) -> Packed:
@@ -96,5 +104,8 @@ def _fp8_tiles(tiled: Tensor, rows: int, columns: int) -> Tensor:
     return rows_of_tiles(tiled.view(torch.uint8), rows, columns).view(torch.float8_e4m3fn)
 
 
-def _refusal(what: str, problem: str) -> FileError:
-    return FileError(f"{what} is {problem}. Take the bf16, fp16, fp8 or GGUF file of the same model.")
+def _refusal(what: str, how: str) -> FileError:
+    return FileError(
+        f"{what} is quantised in a way that WanFlow cannot read ({how}). "
+        "Take the bf16, fp16, fp8 or GGUF file of the same model."
+    )
