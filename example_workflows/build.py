@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..nodes import node_classes
-from ..nodes.headless.core_nodes import LoadImage
 from ..wan_core.loading import catalog
 from ..wan_core.video import read_video
+from .editor import editor_graph
+from .inputs import DEPTH_VIDEO, FIRST_IMAGE, LAST_IMAGE, MASK, REFERENCE_IMAGE, VIDEO, write_inputs
 
 FOLDER = Path(__file__).parent
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-COLUMN, GAP, WIDTH = 400, 60, 340  # of the editor's layout, pixels
 
 TOY = "WanTiny-T2V"
 TOY_PROMPT = "a red circle moves left on a blue background"
@@ -30,73 +28,45 @@ CAT_PROMPT = (
     "A tabby cat walks along a garden wall in the morning sun, its tail upright, dew on the leaves behind it, "
     "the camera follows at eye level, shallow depth of field."
 )
-PICTURE_PROMPT = "The picture comes to life: a light wind moves hair, clothes and leaves, the light changes slowly."
-PICTURE = "example.png"  # comes with ComfyUI
-VIDEO = "video.mp4"  # the user's own
+# What the pictures of inputs.py show, or may become.
+BALL_PROMPT = "A red rubber ball rolls slowly to the left in front of a plain blue wall, soft even light."
+ORANGE_PROMPT = "A ripe orange rolls slowly to the left in front of a plain blue wall, a photograph in soft even light."
+PYRAMID_PROMPT = "A green pyramid glides slowly to the left in front of a plain blue wall, soft even light."
+
+CANVAS = {"vae": ["3", 0], "latent": ["6", 0], "fit": "cover"}
+TILES = {"tiled": False, "tile_size": "30x52", "tile_stride": "15x26"}
 
 
 def workflows() -> dict[str, dict[str, Any]]:
-    """Every example by name, in API format: one a model, under the model's name."""
-    published = {row.name: example(row) for row in catalog.CATALOG if row.name != TOY}
-    return {
-        "quickstart": text_to_video(catalog.BY_NAME[TOY], TOY_PROMPT, "quickstart"),
-        "video_to_video": video_to_video(catalog.BY_NAME["Wan2.1-T2V-1.3B"]),
-        **published,
-    }
+    """Every example by name, in API format: one a model, under the model's name, and what else it can do."""
+    named = {"quickstart": text_to_video(catalog.BY_NAME[TOY], TOY_PROMPT)}
+    for row in catalog.CATALOG:
+        if row.name != TOY:
+            named |= examples(row)
+    named["video_to_video"] = video_to_video(catalog.BY_NAME["Wan2.1-T2V-1.3B"])
+    for name, workflow in named.items():
+        workflow["9"]["inputs"]["filename_prefix"] = "quickstart" if name == "quickstart" else f"WanFlow/{name}"
+    return named
 
 
-def example(row: catalog.Row) -> dict[str, Any]:
-    """A workflow that gives a model what it was made for."""
-    prompt = PICTURE_PROMPT if "image" in row.adapters and "control" not in row.adapters else CAT_PROMPT
-    workflow = text_to_video(row, prompt, f"WanFlow/{row.name}")
-    if "control" in row.adapters:
-        steer(workflow, row)
-    elif "image" in row.adapters:
-        begin_with_a_picture(workflow, row)
-    if "camera" in row.adapters:
-        condition(workflow, "Camera", "Camera", latent=["6", 0], direction="Left", speed=0.01)
+def examples(row: catalog.Row) -> dict[str, dict[str, Any]]:
+    """A workflow for each thing that the model was made for."""
     if "vace" in row.adapters:
-        edit(workflow, row)
-    if "speed" in row.adapters:
-        module = add(workflow, node("AddModule", "Add Wan Module", model=["1", 0], module=row.name))
-        workflow["7"]["inputs"]["model"] = module
-        condition(workflow, "MotionSpeed", "Motion Speed", motion_bucket_id=100)
-    return workflow
+        return {
+            row.name: vace(row, video=DEPTH_VIDEO, reference=REFERENCE_IMAGE),
+            f"{row.name}-edit": vace(row, video=VIDEO, mask=MASK),
+            f"{row.name}-reference": vace(row, reference=REFERENCE_IMAGE),
+        }
+    recipes = {"control": control, "camera": camera, "image": image, "speed": speed}
+    recipe = next((recipes[adapter] for adapter in recipes if adapter in row.adapters), text_to_video)
+    return {row.name: recipe(row)}
 
 
-def begin_with_a_picture(workflow: dict[str, Any], row: catalog.Row) -> None:
-    pictures = {"start_image": add(workflow, load_image("First Image"))}
-    if "FLF2V" in row.name:
-        pictures["end_image"] = add(workflow, load_image("Last Image"))
-    encoder = add(workflow, load_image_encoder(row))
-    condition(workflow, "ImageToVideo", "Wan First / Last Image", **CANVAS, **pictures, image_encoder=encoder)
+# ---------------------------------------------------------------- recipes, one a family
 
 
-def steer(workflow: dict[str, Any], row: catalog.Row) -> None:
-    video = add(workflow, load_video("Control Video: lines, depth or poses", row))
-    condition(workflow, "ControlVideo", "Wan Control Video", **CANVAS, control_video=video, extend="hold")
-    if "reference" in row.adapters:
-        picture, encoder = add(workflow, load_image("Reference Image")), add(workflow, load_image_encoder(row))
-        condition(workflow, "ReferenceImage", "Wan Reference Image", **CANVAS, image=picture, image_encoder=encoder)
-
-
-def edit(workflow: dict[str, Any], row: catalog.Row) -> None:
-    video = add(workflow, load_video("Video: depth, poses, or one to change", row))
-    picture = add(workflow, load_image("Reference Image"))
-    condition(workflow, "VACE", "Wan VACE", **CANVAS, strength=1.0, extend="hold", mask_edges="hard", video=video,
-              reference_image=picture)  # fmt: skip
-
-
-def video_to_video(row: catalog.Row) -> dict[str, Any]:
-    workflow = text_to_video(row, CAT_PROMPT, "WanFlow/video_to_video")
-    video = add(workflow, load_video("Video to change", row))
-    tiling = {"tiled": False, "tile_size": "30x52", "tile_stride": "15x26"}
-    encoded = add(workflow, node("VAEEncode", "Wan VAE Encode", images=video, **CANVAS, **tiling))
-    workflow["7"]["inputs"] |= {"latent": encoded, "denoise": 0.7}
-    return workflow
-
-
-def text_to_video(row: catalog.Row, prompt: str, prefix: str) -> dict[str, Any]:
+def text_to_video(row: catalog.Row, prompt: str = CAT_PROMPT) -> dict[str, Any]:
+    """What all workflows have; the others add nodes and links to it."""
     preset = row.preset
     size = {"width": preset.width, "height": preset.height, "num_frames": preset.num_frames}
     return {
@@ -110,27 +80,89 @@ def text_to_video(row: catalog.Row, prompt: str, prefix: str) -> dict[str, Any]:
         "7": node("Sampler", "Wan Sampler", model=["1", 0], positive=["4", 0], latent=["6", 0], seed=42,
                   rand_device="cpu", steps=preset.steps, cfg=preset.cfg, cfg_merge=False, shift=preset.shift,
                   scheduler="euler", denoise=1.0, negative=["5", 0]),
-        "8": node("VAEDecode", "Wan VAE Decode", vae=["3", 0], latent=["7", 0], tiled=False, tile_size="30x52",
-                  tile_stride="15x26"),
-        "9": node("SaveVideo", "Save Wan Video", images=["8", 0], filename_prefix=prefix,
+        "8": node("VAEDecode", "Wan VAE Decode", vae=["3", 0], latent=["7", 0], **TILES),
+        "9": node("SaveVideo", "Save Wan Video", images=["8", 0], filename_prefix="",
                   frame_rate=float(preset.fps), format="mp4", quality=8),
     }  # fmt: skip
 
 
-CANVAS = {"vae": ["3", 0], "latent": ["6", 0], "fit": "cover"}
+def video_to_video(row: catalog.Row) -> dict[str, Any]:
+    workflow = text_to_video(row, ORANGE_PROMPT)
+    video = add(workflow, load_video("Video to Change", VIDEO, row))
+    encoded = add(workflow, node("VAEEncode", "Wan VAE Encode", images=video, **CANVAS, **TILES))
+    workflow["7"]["inputs"] |= {"latent": encoded, "denoise": 0.7}
+    return workflow
+
+
+def image(row: catalog.Row) -> dict[str, Any]:
+    """A first image; a last one too, where the model was trained with it."""
+    workflow = text_to_video(row, BALL_PROMPT)
+    pictures = {"start_image": add(workflow, load_image("First Image", FIRST_IMAGE))}
+    if "last_image" in row.adapters:
+        pictures["end_image"] = add(workflow, load_image("Last Image", LAST_IMAGE))
+    encoder = add(workflow, load_image_encoder(row))
+    condition(workflow, "ImageToVideo", "Wan First / Last Image", **CANVAS, **pictures, image_encoder=encoder)
+    return workflow
+
+
+def camera(row: catalog.Row) -> dict[str, Any]:
+    workflow = image(row)
+    condition(workflow, "Camera", "Wan Camera", latent=["6", 0], direction="Left", speed=0.01)
+    return workflow
+
+
+def control(row: catalog.Row) -> dict[str, Any]:
+    """A video to follow; who or what to show, where the model has an eye for it."""
+    workflow = text_to_video(row, PYRAMID_PROMPT if "reference" in row.adapters else BALL_PROMPT)
+    video = add(workflow, load_video("Control Video: Depth, Lines or Poses", DEPTH_VIDEO, row))
+    condition(workflow, "ControlVideo", "Wan Control Video", **CANVAS, control_video=video, extend="hold")
+    if "reference" in row.adapters:
+        picture = add(workflow, load_image("Reference Image", REFERENCE_IMAGE))
+        encoder = add(workflow, load_image_encoder(row))
+        condition(workflow, "ReferenceImage", "Wan Reference Image", **CANVAS, image=picture, image_encoder=encoder)
+    return workflow
+
+
+def vace(row: catalog.Row, video: str = "", mask: str = "", reference: str = "") -> dict[str, Any]:
+    workflow, given = text_to_video(row, PYRAMID_PROMPT), {}
+    if video:
+        title = "Video to Change" if mask else "Video to Follow: Depth, Lines or Poses"
+        given["video"] = add(workflow, load_video(title, video, row))
+    if mask:
+        given["mask"] = add(workflow, core_node("LoadImageMask", "Mask: White Is Made Anew", image=mask, channel="red"))
+    if reference:
+        given["reference_image"] = add(workflow, load_image("Reference Image", reference))
+    condition(workflow, "VACE", "Wan VACE", **CANVAS, strength=1.0, extend="hold", mask_edges="hard", **given)
+    return workflow
+
+
+def speed(row: catalog.Row) -> dict[str, Any]:
+    workflow = text_to_video(row)
+    module = add(workflow, node("AddModule", "Add Wan Module", model=["1", 0], module=row.name))
+    workflow["7"]["inputs"]["model"] = module
+    condition(workflow, "MotionSpeed", "Wan Motion Speed", motion_bucket_id=100)
+    return workflow
+
+
+# ---------------------------------------------------------------- nodes
+
+
+def core_node(kind: str, title: str, **inputs: Any) -> dict[str, Any]:
+    """One of ComfyUI's own nodes."""
+    return {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
 
 
 def node(kind: str, title: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": f"WanFlow{kind}", "inputs": inputs, "_meta": {"title": title}}
+    return core_node(f"WanFlow{kind}", title, **inputs)
 
 
-def load_image(title: str) -> dict[str, Any]:
-    return {"class_type": "LoadImage", "inputs": {"image": PICTURE}, "_meta": {"title": title}}
+def load_image(title: str, file: str) -> dict[str, Any]:
+    return core_node("LoadImage", title, image=file)
 
 
-def load_video(title: str, row: catalog.Row) -> dict[str, Any]:
+def load_video(title: str, file: str, row: catalog.Row) -> dict[str, Any]:
     size, frames = f"{row.preset.width}x{row.preset.height}", row.preset.num_frames
-    return node("LoadVideo", title, video=VIDEO, frame_rate=float(row.preset.fps), num_frames=frames, size=size)
+    return node("LoadVideo", title, video=file, frame_rate=float(row.preset.fps), num_frames=frames, size=size)
 
 
 def load_image_encoder(row: catalog.Row) -> dict[str, Any]:
@@ -157,72 +189,16 @@ def shared(row: catalog.Row, kind: str) -> str:
     return next(name for name in catalog.names(kind) if catalog.BY_NAME[name].files[kind] == row.files[kind])
 
 
-# ---------------------------------------------------------------- the editor's format
-
-
-def editor_graph(workflow: dict[str, Any], infos: dict[str, dict]) -> dict[str, Any]:
-    """The workflow as ComfyUI's editor stores it; `infos` are the nodes' entries of `/object_info`."""
-    depths = {id: depth(workflow, id) for id in workflow}
-    heights = dict.fromkeys(depths.values(), GAP)
-    nodes, links = [], []
-    for order, (id, entry) in enumerate(sorted(workflow.items(), key=lambda item: depths[item[0]])):
-        info = infos[entry["class_type"]]
-        drawn = editor_node(int(id), order, entry, info)
-        drawn["pos"] = [GAP + COLUMN * depths[id], heights[depths[id]]]
-        heights[depths[id]] += drawn["size"][1] + GAP
-        nodes.append(drawn)
-    by_id = {drawn["id"]: drawn for drawn in nodes}
-    for drawn in nodes:
-        for slot, socket in enumerate(drawn["inputs"]):
-            value = workflow[str(drawn["id"])]["inputs"].get(socket["name"])
-            if isinstance(value, list):
-                source = by_id[int(value[0])]["outputs"][value[1]]
-                socket["link"] = len(links) + 1
-                source["links"].append(socket["link"])
-                links.append([socket["link"], int(value[0]), value[1], drawn["id"], slot, source["type"]])
-    return {
-        "last_node_id": max(by_id), "last_link_id": len(links), "nodes": nodes, "links": links, "groups": [],
-        "config": {}, "extra": {}, "version": 0.4,
-    }  # fmt: skip
-
-
-def editor_node(id: int, order: int, entry: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
-    """One node, not yet placed or wired. Widget values are stored by position: required inputs, then optional ones."""
-    inputs = {name: spec for group in ("required", "optional") for name, spec in info["input"].get(group, {}).items()}
-    sockets, values, height = [], [], 40
-    for name, (kind, options) in inputs.items():
-        socket = {"name": name, "type": kind, "link": None}
-        height += 24
-        if kind in WIDGETS:
-            socket["widget"] = {"name": name}
-            values.append(entry["inputs"].get(name, options.get("default")))
-            if options.get("control_after_generate"):
-                values.append("fixed")
-            height += 80 if options.get("multiline") else 0
-        sockets.append(socket)
-    pairs = zip(info["output_name"], info["output"], strict=True)
-    outputs = [{"name": name, "type": kind, "links": []} for name, kind in pairs]
-    return {
-        "id": id, "type": entry["class_type"], "title": entry["_meta"]["title"], "size": [WIDTH, height], "flags": {},
-        "order": order, "mode": 0, "inputs": sockets, "outputs": outputs,
-        "properties": {"Node name for S&R": entry["class_type"]}, "widgets_values": values,
-    }  # fmt: skip
-
-
-def depth(workflow: dict[str, Any], id: str) -> int:
-    """The longest way from a node without inputs, in wires."""
-    sources = [value[0] for value in workflow[id]["inputs"].values() if isinstance(value, list)]
-    return 1 + max((depth(workflow, source) for source in sources), default=-1)
+# ---------------------------------------------------------------- files
 
 
 def files() -> dict[Path, str]:
-    """Every file to write, with its text."""
-    infos = {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in (*node_classes(), LoadImage))}
-    texts = {}
+    """Every workflow file to write, with its text."""
+    contents = {}
     for name, workflow in workflows().items():
-        texts[FOLDER / "api" / f"{name}.json"] = workflow
-        texts[FOLDER / f"{name}.json"] = editor_graph(workflow, infos)
-    return {path: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for path, content in texts.items()}
+        contents[FOLDER / "api" / f"{name}.json"] = workflow
+        contents[FOLDER / f"{name}.json"] = editor_graph(workflow)
+    return {path: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for path, content in contents.items()}
 
 
 def picture(video: Path, count: int = 4, side: int = 256) -> Path:
@@ -239,5 +215,6 @@ if __name__ == "__main__":
     for path, text in files().items():
         path.write_text(text, encoding="utf-8")
         print(path)
+    print(*write_inputs(), sep="\n")
     for video in sys.argv[1:]:
         print(picture(Path(video)))

@@ -25,6 +25,7 @@ MODEL_FOLDERS = {  # ComfyUI's folders for each kind of model file, the old name
     "clip_vision": ("clip_vision",),
     "loras": ("loras",),
 }
+EXAMPLE_INPUTS = Path(__file__).resolve().parents[2] / "example_workflows" / "input"
 MODEL_ENDINGS = {".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".gguf"}
 
 
@@ -123,12 +124,13 @@ class StandaloneHost:
     def input_path(self, name: str) -> Path:
         """The file a workflow calls `name`: in the input folder, or as "name [output]", "[temp]", "[input]" says.
 
-        A path from the working directory works too: without a browser nobody uploads into the input folder.
+        A path from the working directory works too: without a browser nobody uploads into the input folder. Last come
+        the pictures and clips that the example workflows are shipped with.
         """
         bare, _, place = name.rpartition(" [")
         folders = {"input]": self.input_dir, "output]": self.output_dir, "temp]": self.temp_dir}
         candidates = [folders[place]() / bare] if place in folders else [self.input_dir() / name, Path(name)]
-        for path in candidates:
+        for path in (*candidates, EXAMPLE_INPUTS / name):
             if path.is_file():
                 return path
         raise FileError(f"There is no file {name!r}. Looked for {' and '.join(map(str, candidates))}.")

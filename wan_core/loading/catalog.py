@@ -45,7 +45,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Row:
-    """A model. `files` maps kinds (see identify.KINDS, and "tokenizer") to sources; `adapters` names what is in it."""
+    """A model. `files` maps kinds (see identify.KINDS, and "tokenizer") to sources.
+
+    `adapters` names what it was trained to take beside text: image, last_image, control, reference, camera, vace or
+    speed.
+    """
 
     name: str
     files: dict[str, Source]
@@ -91,15 +95,15 @@ CATALOG = (
     _row("Wan-AI/Wan2.1-T2V-14B", TEXT),
     _row("Wan-AI/Wan2.1-I2V-14B-480P", IMAGE, ("image",), IMAGE_480P),
     _row("Wan-AI/Wan2.1-I2V-14B-720P", IMAGE, ("image",), IMAGE_720P),
-    _row("Wan-AI/Wan2.1-FLF2V-14B-720P", IMAGE, ("image",), FIRST_LAST),
-    _row("PAI/Wan2.1-Fun-1.3B-InP", IMAGE, ("image",)),
+    _row("Wan-AI/Wan2.1-FLF2V-14B-720P", IMAGE, ("image", "last_image"), FIRST_LAST),
+    _row("PAI/Wan2.1-Fun-1.3B-InP", IMAGE, ("image", "last_image")),
     _row("PAI/Wan2.1-Fun-1.3B-Control", IMAGE, ("control", "image"), CONTROL),
-    _row("PAI/Wan2.1-Fun-14B-InP", IMAGE, ("image",)),
+    _row("PAI/Wan2.1-Fun-14B-InP", IMAGE, ("image", "last_image")),
     _row("PAI/Wan2.1-Fun-14B-Control", IMAGE, ("control", "image"), CONTROL),
     _row("PAI/Wan2.1-Fun-V1.1-1.3B-Control", IMAGE, ("control", "image", "reference"), CONTROL),
     _row("PAI/Wan2.1-Fun-V1.1-14B-Control", IMAGE, ("control", "image", "reference"), CONTROL),
-    _row("PAI/Wan2.1-Fun-V1.1-1.3B-InP", IMAGE, ("image",)),
-    _row("PAI/Wan2.1-Fun-V1.1-14B-InP", IMAGE, ("image",)),
+    _row("PAI/Wan2.1-Fun-V1.1-1.3B-InP", IMAGE, ("image", "last_image")),
+    _row("PAI/Wan2.1-Fun-V1.1-14B-InP", IMAGE, ("image", "last_image")),
     _row("PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera", IMAGE, ("image", "camera")),
     _row("PAI/Wan2.1-Fun-V1.1-14B-Control-Camera", IMAGE, ("image", "camera")),
     _row("iic/VACE-Wan2.1-1.3B-Preview", TEXT, ("vace",)),
