@@ -1,6 +1,8 @@
 """VACE and the motion speed controller: from their files to a place beside the model, and into the answer."""
 
 import json
+import math
+import struct
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,40 @@ def test_other_files_are_named(files):
     for name in ("vace", "controller"):
         with pytest.raises(FileError, match="Load it with 'Add Wan Module'"):
             load_model(files[name])
+
+
+# ---- the true sizes ---------------------------------------------------------------------------------------------
+
+MANIFEST = json.loads((GOLDEN.parents[1] / "wan21_key_manifest.json").read_text())
+
+
+def published(path, *rows):
+    """A sparse file with the tensors of these rows of the manifest: it takes no room on the disk."""
+    header, end = {}, 0
+    for row in rows:
+        for key, (shape, count) in MANIFEST[row]["keys"].items():
+            for n in range(count):
+                start, end = end, end + 2 * math.prod(shape)
+                header[key.replace("{N}", str(n))] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def test_published_modules_fit_published_models(tmp_path):
+    whole = load_model(published(tmp_path / "whole.safetensors", "t2v-1.3b", "vace-1.3b-module"), device="cpu")
+    assert len(whole.module.vace.vace_blocks) == 15 and list(whole.module.vace.places(30)) == [*range(0, 30, 2)]
+    large = load_model(published(tmp_path / "14b.safetensors", "t2v-14b"), device="cpu")
+    module = published(tmp_path / "vace.safetensors", "vace-14b-module")
+    assert list(add_module(large, module).module.vace.places(40)) == [*range(0, 40, 5)]
+    with pytest.raises(ModelError, match=r"made for models of width 5120 \(14B\), but whole is one of width 1536"):
+        add_module(whole, module)
+    speed = published(tmp_path / "speed.safetensors", "motion-controller-1.3b")
+    assert add_module(whole, speed).module.motion_controller is not None
+    with pytest.raises(ModelError, match=r"width 1536 \(1.3B\), but 14b is one of width 5120 \(14B\)"):
+        add_module(large, speed)
 
 
 # ---- motion speed -----------------------------------------------------------------------------------------------

@@ -184,6 +184,16 @@ def test_whole_runs_equal_diffusers(twins, pictures):
     assert relative_error(normalised(got), expected[:, :, pictures:]) < 1e-4
 
 
+def test_merged_guidance_and_batches_keep_their_video(twins):
+    _, model, vae = twins
+    condition = vace_condition(torch.rand(5, 32, 48, 3), None, torch.rand(1, 32, 48, 3), (2, 4, 6), vae.encode)
+    texts, canvas = torch.randn(2, 1, 9, 24), torch.zeros(2, 16, 2, 4, 6)
+    apart = sample(model, texts[0], texts[1], canvas, Settings(seed=3, steps=2), [condition])
+    merged = sample(model, texts[0], texts[1], canvas, Settings(seed=3, steps=2, cfg_merge=True), [condition])
+    assert relative_error(merged, apart) < 1e-5
+    assert relative_error(apart[1], apart[0]) > 0.1
+
+
 # ---- which model takes it ---------------------------------------------------------------------------------------
 
 
