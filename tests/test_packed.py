@@ -13,13 +13,14 @@ from comfyui_wanflow.wan_core.loading.load import load_image_encoder, load_model
 from comfyui_wanflow.wan_core.models import ggml, packed
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
-from comfyui_wanflow.wan_core.models.layers import Linear
+from comfyui_wanflow.wan_core.models.layers import Embedding, Linear
 from comfyui_wanflow.wan_core.models.packed import Packed, PackedEmbedding, PackedLinear, keep_packed
 from comfyui_wanflow.wan_core.models.packings import E2M1, unpack_scaled
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUT = DiTLayout(dim=128, ffn_dim=256, layers=1, heads=1, text_dim=32)
 LAYER = "blocks.0.ffn.0"  # (256, 128)
@@ -244,7 +245,7 @@ class TestLayers:
         assert module(x.detach().bfloat16()).dtype == torch.bfloat16
 
     def test_an_embedding_unpacks_the_rows_it_needs(self):
-        module = nn.Sequential(nn.Embedding(6, 64))
+        module = nn.Sequential(Embedding(6, 64))
         assert keep_packed(module, "0.weight", self.PACKED)
         assert isinstance(module[0], PackedEmbedding)
         tokens = torch.tensor([[1, 5, 5]])
@@ -259,6 +260,27 @@ class TestLayers:
         scales = {"weight": whole.to(FP8), "scale": torch.rand(6, 2)}
         blocks = Packed((6, 64), scales, unpack_scaled)
         torch.testing.assert_close(blocks.numbers(), unpack_scaled(scales, torch.float32), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("packing", ["plain", "with scales"])
+    def test_tables_in_fp8_are_looked_up_as_bytes(self, packing):
+        """Torch on CUDA before 2.7 and on some other machines cannot index 8-bit floats."""
+
+        class LikeThem(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, arguments=(), options=None):
+                if function.overloadpacket.__name__ in ("index", "index_select", "embedding"):
+                    assert arguments[0].dtype != FP8
+                return function(*arguments, **(options or {}))
+
+        table = torch.randn(6, 64).to(FP8)
+        module = nn.Sequential(Embedding(6, 64)).requires_grad_(False)
+        module[0].weight.data = table
+        if packing == "with scales":
+            assert keep_packed(module, "0.weight", Packed((6, 64), {"weight": table, "scale": torch.tensor(2.0)},
+                                                          unpack_scaled))  # fmt: skip
+        tokens = torch.tensor([[1, 5, 5]])
+        with LikeThem():
+            found = module(tokens).float()
+        torch.testing.assert_close(found, table[tokens].float() * (2 if packing == "with scales" else 1))
 
     def test_others_are_left_alone(self):
         module = nn.Sequential(nn.Conv1d(64, 6, 1))

@@ -34,6 +34,19 @@ class Linear(nn.Linear):
         return linear(x, widened(self.weight, x), widened(self.bias, x))
 
 
+def rows_at(table: Tensor, places: Tensor) -> Tensor:
+    """The rows of a table at `places`. 8-bit floats are looked up as bytes: many a torch can only move them."""
+    if table.dtype.itemsize == 1:
+        return F.embedding(places, table.view(torch.uint8)).view(table.dtype)
+    return F.embedding(places, table)
+
+
+class Embedding(nn.Embedding):
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Numbers of any shape -> their rows, in the type that the table is stored in."""
+        return rows_at(self.weight, numbers)
+
+
 class GELU(nn.Module):
     """The tanh form. Without autograd the result takes the place of the input."""
 

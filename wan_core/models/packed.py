@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .layers import Linear, linear, widened
+from .layers import Embedding, Linear, linear, rows_at, widened
 
 Unpack = Callable[[Mapping[str, Tensor], torch.dtype], Tensor]
 
@@ -57,7 +57,7 @@ class Packed:
 class PackedLinear(Linear):
     """A Linear with a packed weight; `weight` holds its bits, `numbers` tells what they mean."""
 
-    def __init__(self, layer: nn.Linear, packed: Packed):
+    def __init__(self, layer: Linear, packed: Packed):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         hold(self, packed)
@@ -71,17 +71,18 @@ class PackedLinear(Linear):
         return linear(x, self.numbers(x.dtype), widened(self.bias, x))
 
 
-class PackedEmbedding(nn.Embedding):
+class PackedEmbedding(Embedding):
     """An embedding with a packed table, of which only the rows asked for are unpacked, to fp32."""
 
-    def __init__(self, layer: nn.Embedding, packed: Packed):
+    def __init__(self, layer: Embedding, packed: Packed):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
         hold(self, packed)
 
     def forward(self, tokens: Tensor) -> Tensor:
         parts = {name: getattr(self, name) for name in self.part_names}
-        return self.unpack({name: part[tokens] if part.ndim else part for name, part in parts.items()}, torch.float32)
+        rows = {name: rows_at(part, tokens) if part.ndim else part for name, part in parts.items()}
+        return self.unpack(rows, torch.float32)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
@@ -94,7 +95,7 @@ def hold(layer: PackedLinear | PackedEmbedding, packed: Packed) -> None:
         layer.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
 
-KINDS = {Linear: PackedLinear, nn.Embedding: PackedEmbedding}
+KINDS = {Linear: PackedLinear, Embedding: PackedEmbedding}
 
 
 def keep_packed(module: nn.Module, name: str, packed: Packed) -> bool:

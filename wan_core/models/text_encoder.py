@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
-from .layers import Linear, RMSNorm
+from .layers import Embedding, Linear, RMSNorm
 
 MAX_DISTANCE = 128  # tokens further apart than this share one position bias
 
@@ -74,7 +74,7 @@ class PositionBias(nn.Module):
 
     def __init__(self, buckets: int, heads: int):
         super().__init__()
-        self.embedding = nn.Embedding(buckets, heads)
+        self.embedding = Embedding(buckets, heads)
 
     def forward(self, buckets: Tensor, dtype: torch.dtype) -> Tensor:
         bias = self.embedding(buckets).to(dtype)  # (L, L) -> (L, L, heads)
@@ -130,7 +130,7 @@ class UMT5Encoder(nn.Module):
     def __init__(self, layout: UMT5Layout):
         super().__init__()
         self.layout = layout
-        self.token_embedding = nn.Embedding(layout.vocabulary, layout.dim)
+        self.token_embedding = Embedding(layout.vocabulary, layout.dim)
         self.blocks = nn.ModuleList(Block(layout) for _ in range(layout.layers))
         self.norm = RMSNorm(layout.dim)
 
