@@ -9,7 +9,13 @@ import tokenizers
 import torch
 from comfyui_wanflow.wan_core.errors import FileError
 from comfyui_wanflow.wan_core.loading.checkpoint import open_checkpoint
-from comfyui_wanflow.wan_core.loading.load import load_image_encoder, load_model, load_text_encoder, load_vae
+from comfyui_wanflow.wan_core.loading.load import (
+    add_module,
+    load_image_encoder,
+    load_model,
+    load_text_encoder,
+    load_vae,
+)
 from comfyui_wanflow.wan_core.models import ggml, packed
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
@@ -17,6 +23,7 @@ from comfyui_wanflow.wan_core.models.layers import Embedding, Linear
 from comfyui_wanflow.wan_core.models.packed import Packed, PackedEmbedding, PackedLinear, keep_packed
 from comfyui_wanflow.wan_core.models.packings import E2M1, unpack_scaled
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
+from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from safetensors.torch import save_file
 from torch import nn
@@ -154,6 +161,18 @@ class TestScales:
         trunk = loaded(tmp_path, tensors, weight_dtype="bf16")
         assert type(trunk.blocks[0].ffn[0]) is Linear
         torch.testing.assert_close(trunk.blocks[0].ffn[0].weight, numbers.bfloat16(), rtol=0, atol=0)
+
+    def test_a_vace_module_beside_a_plain_model(self, tmp_path, weights):
+        save_file(weights, tmp_path / "base.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        shapes = VACE(VACELayout(128, 256, 1, 1)).state_dict().items()
+        module = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in shapes}
+        layer = "vace_blocks.0.ffn.0"
+        stored, scale, numbers = scaled(module[f"{layer}.weight"], (256, 1), FP8)
+        save_file(module | {f"{layer}.weight": stored, f"{layer}.scale_weight": scale}, tmp_path / "vace.safetensors")
+        model = add_module(load_model(tmp_path / "base.safetensors"), tmp_path / "vace.safetensors")
+        found = model.module.get_submodule("vace").vace_blocks[0].ffn[0]
+        torch.testing.assert_close(found.numbers(torch.float32), numbers)
 
     @pytest.mark.parametrize(
         "extra, sentence",
