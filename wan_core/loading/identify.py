@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import FileError, ModelError
-from ..models.dit import DiTLayout
+from ..models.dit import DiTLayout, size_name
 from .keymaps import bundled
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,6 +54,7 @@ STRANGERS = (
 )
 LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "lora.down.", "lora.up.", ".lokr_w", ".hada_w",
               ".dora_scale", ".oft_", "_loras.")  # fmt: skip
+LORA_DOWN = re.compile(r"lora(?:_A|_down|\.down)[\w.]*\.weight$")
 LORA_ENDS = (".diff", ".diff_b", ".diff_m", ".set_weight", ".w_norm", ".b_norm")
 
 
@@ -90,9 +92,17 @@ def _count(shapes: Shapes, prefix: str) -> int:
 
 
 def _lora(shapes: Shapes) -> Identity | None:
-    if any(part in name for name in shapes for part in LORA_PARTS) or any(n.endswith(LORA_ENDS) for n in shapes):
-        return Identity("lora", f"a LoRA ({len(shapes)} tensors)")
-    return None
+    if not any(name.endswith(LORA_ENDS) or any(part in name for part in LORA_PARTS) for name in shapes):
+        return None
+    downs = {name: shape for name, shape in shapes.items() if LORA_DOWN.search(name)}
+    ranks = sorted({shape[0] for shape in downs.values()})
+    widths = {shape[1] for name, shape in downs.items() if "attn" in name and len(shape) == 2}
+    facts = [f"{len(shapes)} tensor{'s' if len(shapes) > 1 else ''}"]
+    if ranks:
+        facts.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}")
+    if len(widths) == 1:
+        facts.append(f"for {size_name(widths.pop())}")
+    return Identity("lora", f"a LoRA ({', '.join(facts)})")
 
 
 def _bundle(shapes: Shapes) -> Identity | None:
