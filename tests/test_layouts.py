@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import struct
 import sys
 from pathlib import Path
 
@@ -359,20 +360,45 @@ class TestGGUF:
             open_checkpoint(tmp_path / "a.gguf")
 
 
+def fields(message):
+    """The fields of a protobuf message: number -> values, texts as bytes, floats as numbers."""
+    found, at = {}, 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        if key & 7 == 0:
+            value = varint()
+        elif key & 7 == 5:
+            value, at = struct.unpack_from("<f", message, at)[0], at + 4
+        else:
+            length = varint()
+            value, at = message[at : at + length], at + length
+        found.setdefault(key >> 3, []).append(value)
+    return found
+
+
 def vocabulary_of(library):
     """Adds a SentencePiece model's tables to a GGUF file, as llama.cpp's converter does."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(library.serialized_model_proto())
+    model = fields(library.serialized_model_proto())
+    pieces, rules = [fields(piece) for piece in model[1]], fields(model[3][0])
 
     def fill(writer):
         writer.add_tokenizer_model("t5")
-        writer.add_token_list([piece.piece for piece in proto.pieces])
-        writer.add_token_scores([piece.score for piece in proto.pieces])
-        writer.add_token_types([piece.type for piece in proto.pieces])
-        writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)
-        writer.add_remove_extra_whitespaces(proto.normalizer_spec.remove_extra_whitespaces)
-        writer.add_precompiled_charsmap(proto.normalizer_spec.precompiled_charsmap)
+        writer.add_token_list([piece[1][0].decode() for piece in pieces])
+        writer.add_token_scores([piece.get(2, [0.0])[0] for piece in pieces])
+        writer.add_token_types([piece.get(3, [1])[0] for piece in pieces])
+        writer.add_add_space_prefix(bool(rules.get(3, [1])[0]))
+        writer.add_remove_extra_whitespaces(bool(rules.get(4, [1])[0]))
+        writer.add_precompiled_charsmap(rules[2][0])
 
     return fill
 
