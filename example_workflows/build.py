@@ -1,8 +1,9 @@
-"""Writes the example workflows: `python -m comfyui_wanflow.example_workflows.build [VIDEO ...]`.
+"""Writes the example workflows, their inputs and the front pages' table of models, from the catalog:
+`python -m comfyui_wanflow.example_workflows.build [VIDEO ...]`.
 
-Each is written twice from one description: `api/<name>.json` for `wanflow run` and ComfyUI's queue, `<name>.json` with
-positions and wires for ComfyUI's editor, where it appears among the templates. A video that `wanflow run <name>` has
-saved becomes the template's picture, `<name>.jpg`.
+Each workflow is written twice from one description: `api/<name>.json` for `wanflow run` and ComfyUI's queue,
+`<name>.json` with positions and wires for ComfyUI's editor, where it appears among the templates. A video that
+`wanflow run <name>` has saved becomes the template's picture, `<name>.jpg`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from PIL import Image
 from ..wan_core.loading import catalog
 from ..wan_core.video import read_video
 from .editor import editor_graph
+from .front_page import front_pages
 from .inputs import DEPTH_VIDEO, FIRST_IMAGE, LAST_IMAGE, MASK, REFERENCE_IMAGE, VIDEO, write_inputs
 
 FOLDER = Path(__file__).parent
@@ -193,12 +195,13 @@ def shared(row: catalog.Row, kind: str) -> str:
 
 
 def files() -> dict[Path, str]:
-    """Every workflow file to write, with its text."""
+    """Every text file to write, with what is in it."""
     contents = {}
     for name, workflow in workflows().items():
         contents[FOLDER / "api" / f"{name}.json"] = workflow
         contents[FOLDER / f"{name}.json"] = editor_graph(workflow)
-    return {path: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for path, content in contents.items()}
+    texts = {path: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for path, content in contents.items()}
+    return texts | front_pages()
 
 
 def picture(video: Path, count: int = 4, side: int = 256) -> Path:

@@ -17,7 +17,8 @@ from comfyui_wanflow.wan_core.loading.catalog import BY_NAME
 from comfyui_wanflow.wan_core.video import read_video
 from PIL import Image
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "example_workflows"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "example_workflows"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
 RUNNER = Runner([*node_classes(), *core_nodes.NODES], host)
 NODES_OF_ADAPTERS = {
@@ -44,7 +45,10 @@ def test_the_files_are_what_build_writes():
     built = files()
     for path, text in built.items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run example_workflows/build.py"
-    assert set(built) == set(EXAMPLES.rglob("*.json"))
+    assert set(built) == {*EXAMPLES.rglob("*.json"), ROOT / "README.md", ROOT / "README_zh.md"}
+    for name in BY_NAME:  # the table of models is there
+        for page in ("README.md", "README_zh.md"):
+            assert f"{name} |" in built[ROOT / page] or f"| {name} " in built[ROOT / page]
 
 
 def test_the_inputs_are_what_is_drawn():
