@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from comfyui_wanflow.wan_core.tiny import measure, world
 from comfyui_wanflow.wan_core.tiny.train_text import TEMPLATES, captions
 

@@ -17,7 +17,6 @@ from ..errors import ModelError
 from .dit import HEAD_DIM, Block, PatchEmbedding, Step
 from .layers import Linear
 
-
 ESSENTIAL = ("vace_patch_embedding.weight", "vace_blocks.0.ffn.0.weight")
 
 

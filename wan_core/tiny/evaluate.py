@@ -32,7 +32,12 @@ def held_out_facts(count: int) -> list[tuple[str, str, str, str]]:
 
 
 def make_videos(
-    model: WanModel, text_encoder: WanTextEncoder, vae: WanVAE, facts: list, settings: Settings = SETTINGS, frames: int = 17
+    model: WanModel,
+    text_encoder: WanTextEncoder,
+    vae: WanVAE,
+    facts: list,
+    settings: Settings = SETTINGS,
+    frames: int = 17,
 ) -> np.ndarray:
     """One video per caption, (n, frames, 64, 64, 3) in 0..1."""
     captions = [world.Scene(*f).caption for f in facts]

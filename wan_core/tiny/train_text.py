@@ -1,4 +1,5 @@
-"""Make the WanTiny tokenizer and train its UMT5 encoder: `python -m comfyui_wanflow.wan_core.tiny.train_text --out DIR`.
+"""Make the WanTiny tokenizer and train its UMT5 encoder:
+`python -m comfyui_wanflow.wan_core.tiny.train_text --out DIR`.
 
 The tokenizer knows the toy world's words and falls back to single letters. The encoder learns to tell, at every
 token, which role its word has in the caption: the shape's colour, the shape, the direction, the background, or none.

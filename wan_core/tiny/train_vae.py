@@ -191,7 +191,8 @@ def train(out: Path, seed: int = 0, stages: tuple[Stage, ...] = STAGES, checkpoi
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
         if number % 500 == 499:
-            print(f"held out: {held_out_psnr(vae):.2f} dB at 9 frames, {held_out_psnr(vae, 6, 17):.2f} at 17", flush=True)
+            short, long = held_out_psnr(vae), held_out_psnr(vae, 6, 17)
+            print(f"held out: {short:.2f} dB at 9 frames, {long:.2f} at 17", flush=True)
     calibrate(vae, seed)
     return vae
 

@@ -7,7 +7,6 @@ noise levels: Esser et al., "Scaling Rectified Flow Transformers", arXiv 2403.03
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
