@@ -116,7 +116,7 @@ def merged(weights, changes, strength=1.0):
 
 
 def lora_of(tmp_path, tensors, metadata=None, name="style.safetensors"):
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / name, metadata)
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, tmp_path / name, metadata)
     return load_lora(tmp_path / name)
 
 
@@ -200,6 +200,8 @@ class TestNamings:
         assert_computes_with(model.with_lora(peft), scaled)
         noted = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
         assert_computes_with(model.with_lora(lora_of(tmp_path, tensors, noted)), scaled)
+        with pytest.raises(FileError, match="settings of .* are damaged"):
+            lora_of(tmp_path, tensors, {"lora_adapter_metadata": "{"})
         other = lora_of(tmp_path, tensors)  # in the same folder, but not peft's
         assert_computes_with(model.with_lora(other), merged(weights, changes))
 
@@ -542,6 +544,24 @@ class TestFits:
         assert any(reason in text for text in lora.unread), lora.unread
         assert reason in report(lora, fit(lora, text_model.module), 1.0)
         assert list(fit(lora, text_model.module).changes) == ["blocks.1.self_attn.q.weight"]
+
+    def test_what_is_changed_twice_or_not_at_all(self, tmp_path):
+        """A layer under two names, two kinds of change for one weight, and an alpha alone."""
+        layer, value = "blocks.0.self_attn.q", random(128, 128)
+        tensors = {
+            f"{layer}.diff": value,
+            f"lora_unet_{underscores(layer)}.diff": value,
+            "blocks.1.norm3.alpha": value[0, 0],
+        }
+        tensors |= {"blocks.1.ffn.2.diff": value, "blocks.1.ffn.2.set_weight": value}
+        lora = lora_of(tmp_path, tensors)
+        assert list(lora.changes) == [f"{layer}.weight"]
+        twice, damaged = sorted(lora.unread)
+        assert twice == "changed twice in this file" and set(lora.unread[twice]) == {
+            f"lora_unet_{underscores(layer)}",
+            "blocks.1.ffn.2",
+        }
+        assert lora.unread[damaged] == ("blocks.1.norm3",)
 
     def test_a_core_in_the_middle_is_not_half_applied(self, tmp_path):
         parts = {"lora_down.weight": random(2, 128), "lora_up.weight": random(128, 2), "lora_mid.weight": random(2, 2)}

@@ -27,12 +27,12 @@ from .models.packed import PackedLinear
 from .offload.residency import Residency
 
 ATTENTION = re.compile(r"attn\.[qkvo](_img)?\.weight$")
+NUMBERED = re.compile(r"(?P<vace>vace_)?blocks\.(?P<number>\d+)\.")
 IMAGE_PARTS = ("img_emb.", "k_img.", "v_img.")
 PARTS = {
-    "vace_": "need a VACE module, which this model has not; put Add Wan Module in front of Apply Wan LoRA",
-    "motion_controller.": "need a motion speed controller, which this model has not",
-    "ref_conv.": "belong to the reference image input, which this model has not",
-    "control_adapter.": "belong to the camera input, which this model has not",
+    "motion_controller.": "they need a motion speed controller, which this model has not",
+    "ref_conv.": "they belong to a reference image input, which this model has not",
+    "control_adapter.": "they belong to a camera input, which this model has not",
 }
 
 
@@ -55,7 +55,7 @@ class Lora:
         """The factors, moved as all weights are; the models that the LoRA is applied to share them."""
         return Residency(nn.ModuleList(self.changes.values()))
 
-    @property
+    @cached_property
     def width(self) -> int | None:
         """Of the models it was trained for, as far as the attention layers tell."""
         widths = Counter(change.shape[0] for name, change in self.changes.items() if ATTENTION.search(name))
@@ -122,7 +122,7 @@ def misfit(lora: Lora, name: str, change: Change, target: Parameter | None, netw
     if target is not None and flat(target.shape) == change.shape:
         return None
     if target is None:
-        return absent(name, layout.layers)
+        return absent(name, network)
     if name == "patch_embedding.weight":
         channels, own = (columns // 4 for columns in (change.shape[1], flat(target.shape)[1]))  # 4 latents a patch
         return f"trained for {channels} input channels, and this model has {own}"
@@ -130,15 +130,18 @@ def misfit(lora: Lora, name: str, change: Change, target: Parameter | None, netw
     return "trained for {} numbers, and this model has {}".format(*sizes)
 
 
-def absent(name: str, layers: int) -> str:
+def absent(name: str, network: Network) -> str:
     """Why a model has no parameter that other Wan 2.1 models have."""
     if any(part in name for part in IMAGE_PARTS):
         return "they look at an image, and this model looks at none (harmless: the rest works)"
-    if reason := next((reason for prefix, reason in PARTS.items() if name.startswith(prefix)), None):
-        return reason
-    if name.startswith("blocks.") and int(name.split(".")[1]) >= layers:
-        return f"they belong to blocks after the last of this model, which has {layers}"
-    return "this model has no such parts"
+    if name.startswith("vace_") and network.vace is None:
+        return "they need a VACE module, which this model has not; put Add Wan Module in front of Apply Wan LoRA"
+    if numbered := NUMBERED.match(name):
+        blocks = network.vace.vace_blocks if numbered["vace"] else network.trunk.blocks
+        if int(numbered["number"]) >= len(blocks):
+            return f"they belong to blocks after the last of this model, which has {len(blocks)}"
+    reasons = (reason for prefix, reason in PARTS.items() if name.startswith(prefix))
+    return next(reasons, "this model has no such parts")
 
 
 def report(lora: Lora, fitted: Fit, strength: float) -> str:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import FileError, InputError
 from ..lora import Lora
 from ..models.changes import Change, Decomposed, Difference, Hadamard, Kronecker, LowRank, Replacement
 from ..saving import write_whole
@@ -29,6 +29,7 @@ FOREIGN = {
     "lora_te": "for a text encoder, which is no part of the model",
     "text_encoder": "for a text encoder, which is no part of the model",
 }
+DAMAGED = "damaged: tensors are missing or do not fit together"
 ALPHA_CONFIG = "adapter_config.json"  # of peft, beside a file called adapter_model.safetensors
 HINTS = ("ss_base_model_version", "modelspec.architecture", "modelspec.title", "software")
 
@@ -49,11 +50,14 @@ def load_lora(source: str | PathLike) -> Lora:
     for layer, names in grouped(checkpoint.shapes).items():
         try:
             tensors = {role: checkpoint.tensor(name) for role, name in names.items()}
-            found = dict(read_layer(layer, tensors, scale_of))
+            found = list(read_layer(layer, tensors, scale_of))
+            parts = [*changes, *(name for name, _ in found)]
+            if not found or len(parts) > len(set(parts)):
+                raise Unreadable("changed twice in this file" if found else DAMAGED)
         except Unreadable as reason:
             unread.setdefault(str(reason), []).append(layer)
         else:
-            changes |= found
+            changes.update(found)
     hints = (checkpoint.metadata.get(key) for key in HINTS)
     return Lora(
         name=checkpoint.files[0].stem,
@@ -78,12 +82,14 @@ def scaling(checkpoint: Checkpoint) -> Callable[[float | None, int], float]:
     peft and Diffusers store one alpha for all beside the tensors; and rsLoRA divides by the root of the rank
     (Kalajdzievski, arXiv 2312.03732).
     """
-    config = {}
     beside = checkpoint.files[0].with_name(ALPHA_CONFIG)
-    if text := checkpoint.metadata.get("lora_adapter_metadata"):
-        config = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
-    elif checkpoint.files[0].stem == "adapter_model" and beside.is_file():
-        config = json.loads(beside.read_text(encoding="utf-8"))
+    text = checkpoint.metadata.get("lora_adapter_metadata")
+    if not text and checkpoint.files[0].stem == "adapter_model" and beside.is_file():
+        text = beside.read_text(encoding="utf-8")
+    try:
+        config = {name.removeprefix("transformer."): value for name, value in json.loads(text or "{}").items()}
+    except ValueError as error:
+        raise FileError(f"The settings of {checkpoint.description} are damaged. Download it again.") from error
 
     def scale(alpha: float | None, rank: int) -> float:
         alpha = config.get("lora_alpha", rank_divisor(rank)) if alpha is None else alpha
@@ -117,7 +123,7 @@ def read_layer(layer: str, tensors: Tensors, scale_of: Callable) -> Iterator[tup
         if "modulation_difference" in tensors:
             yield known(modulation), Difference(tensors.pop("modulation_difference"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # what is absent, and what changes.py refuses
-        raise Unreadable("damaged: tensors are missing or do not fit together") from error
+        raise Unreadable(DAMAGED) from error
     if tensors:
         raise Unreadable(f"of an unknown kind ({', '.join(tensors)})")
 
