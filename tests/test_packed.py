@@ -122,6 +122,25 @@ class TestScales:
         assert trunk.blocks[0].ffn[0].weight.dtype == dtype
         assert_computes_with(trunk, weights | {f"{LAYER}.weight": numbers})
 
+    @pytest.mark.parametrize("form", ["tensor", "metadata"])
+    @pytest.mark.parametrize("shape", [(), (256, 1)], ids=str)
+    def test_rotated_int8(self, tmp_path, weights, form, shape):
+        """ConvRot: before it is rounded, every 16 neighbours of a row are multiplied by a Hadamard matrix."""
+        four = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
+        turned = (weights[f"{LAYER}.weight"].reshape(256, 8, 16) @ torch.kron(four, four).T / 4).reshape(256, 128)
+        stored, scale, numbers = scaled(turned, shape, torch.int8)
+        meant = torch.linalg.solve(torch.kron(four, four).T / 4, numbers.reshape(-1, 16), left=False)
+        options = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
+        tensors = weights | {f"{LAYER}.weight": stored, f"{LAYER}.weight_scale": scale}
+        metadata = None
+        if form == "tensor":
+            tensors[f"{LAYER}.comfy_quant"] = note(**options)
+        else:
+            layers = {f"model.diffusion_model.{LAYER}": options}
+            metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+        trunk = loaded(tmp_path, {f"model.diffusion_model.{name}": t for name, t in tensors.items()}, metadata)
+        assert_computes_with(trunk, weights | {f"{LAYER}.weight": meant.reshape(256, 128)})
+
     @pytest.mark.parametrize("form", ["old", "old with prefix", "tensor", "metadata"])
     def test_three_generations_of_files(self, tmp_path, weights, form):
         stored, scale, numbers = scaled(weights[f"{LAYER}.weight"], (), FP8)
@@ -178,8 +197,10 @@ class TestScales:
         "extra, sentence",
         [
             ({"weight_scale": torch.ones(())} | {"comfy_quant": note(format="int3")}, r"cannot read \(int3\)"),
-            ({"weight_scale": torch.ones(())} | {"comfy_quant": note(format="int8_tensorwise", convrot=True)},
-             r"cannot read \(int8_tensorwise, rotated\)"),
+            ({"weight_scale": torch.ones(())} | {"comfy_quant": note(format="nvfp4", convrot=True)},
+             r"cannot read \(nvfp4, rotated\)"),
+            ({"weight_scale": torch.ones(()), "comfy_quant": note(format="int8_tensorwise", convrot=True)},
+             r"cannot read \(rotated by 256 of 128 columns\)"),
             ({"scale_weight": torch.ones(7)}, r"'blocks.0.ffn.0.weight' is quantised.*\[256, 128\].*\[7\]"),
             ({"weight_scale": torch.ones(()), "comfy_quant": torch.tensor([65], dtype=torch.uint8)}, "damaged note"),
             ({"weight_scale": torch.ones(()), "comfy_quant": torch.tensor([49], dtype=torch.uint8)}, "damaged note"),

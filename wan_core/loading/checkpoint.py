@@ -37,8 +37,9 @@ class Checkpoint:
 
     def __init__(self, entries: Mapping[str, Entry], metadata: Mapping[str, str], files: list[Path]):
         self.description = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        named = {name: entries[stored] for name, stored in published_names(entries).items()}
-        self._entries = _arranged(fold_scales(named, metadata, self.description))
+        stored_names = published_names(entries)
+        named = {name: entries[stored] for name, stored in stored_names.items()}
+        self._entries = _arranged(fold_scales(named, stored_names, metadata, self.description))
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.metadata = dict(metadata)
         self.files = files

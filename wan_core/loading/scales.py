@@ -2,22 +2,31 @@
 
 Three generations of files name them differently: `scale_weight` (ComfyUI until 2025, musubi-tuner), `weight_scale`
 with a `comfy_quant` note for each layer or one for the file (ComfyUI since). What a weight's packing is follows from
-the types and shapes; the notes are read only for what WanFlow does not know.
+the types and shapes; the notes tell only whether it was rotated, and what WanFlow does not know.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import FileError
 from ..models.packed import Packed, Unpack
-from ..models.packings import MXFP8_BLOCK, NVFP4_BLOCK, rows_of_tiles, unpack_mxfp8, unpack_nvfp4, unpack_scaled
+from ..models.packings import (
+    MXFP8_BLOCK,
+    NVFP4_BLOCK,
+    rows_of_tiles,
+    unpack_mxfp8,
+    unpack_nvfp4,
+    unpack_rotated,
+    unpack_scaled,
+)
 from .mapped import Entry, type_name
 
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -26,14 +35,25 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise")
 UNUSED = (".scale_input", ".input_scale", ".comfy_quant")
 
 
-def fold_scales(entries: Mapping[str, Entry], metadata: Mapping[str, str], description: str) -> dict[str, Entry]:
+class Note(NamedTuple):
+    """What a file says of a layer: the format, and how many neighbours were rotated together (0: none)."""
+
+    format: str | None
+    group: int = 0
+
+
+def fold_scales(
+    entries: Mapping[str, Entry], stored_names: Mapping[str, str], metadata: Mapping[str, str], description: str
+) -> dict[str, Entry]:
     """The same entries (published names), each weight that has scales packed together with them.
 
-    Raises FileError for a quantisation that WanFlow does not know.
+    `stored_names` tells the name in the file for each published one. Raises FileError for a quantisation that WanFlow
+    does not know.
     """
-    for kind, rotated in _notes(entries, metadata, description):
-        if kind not in FORMATS or rotated:
-            raise _refusal(description, f"{kind}{', rotated' if rotated else ''}")
+    notes = _notes(entries, stored_names, metadata, description)
+    for note in notes.values():
+        if note.format not in FORMATS or (note.group and note.format != "int8_tensorwise"):
+            raise _refusal(description, f"{note.format}{', rotated' if note.group else ''}")
     folded = {name: entry for name, entry in entries.items() if not name.endswith(UNUSED)}
     for name, weight in entries.items():
         layer = name.removesuffix("weight")
@@ -42,24 +62,36 @@ def fold_scales(entries: Mapping[str, Entry], metadata: Mapping[str, str], descr
             parts = {"weight": weight, "scale": folded.pop(scale)}
             if second := folded.pop(f"{layer}weight_scale_2", None):
                 parts = {"weight": weight, "block_scale": parts["scale"], "scale": second}
-            folded[name] = _packed_entry(parts, f"{description}: '{name}'")
+            group = notes[layer].group if layer in notes else 0
+            folded[name] = _packed_entry(parts, group, f"{description}: '{name}'")
     return folded
 
 
 def _notes(
-    entries: Mapping[str, Entry], metadata: Mapping[str, str], description: str
-) -> Iterator[tuple[str | None, bool]]:
-    """What the file says about the quantisation of its layers: the format, and whether it is of a rotated weight."""
+    entries: Mapping[str, Entry], stored_names: Mapping[str, str], metadata: Mapping[str, str], description: str
+) -> dict[str, Note]:
+    """What the file says about the quantisation of its layers, by their published names with a dot at the end."""
     try:
-        notes = list(json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {}).values())
-        notes += [json.loads(bytes(entries[name].read().tolist())) for name in entries if name.endswith(".comfy_quant")]
-        for note in notes:
-            yield note.get("format"), bool(note.get("convrot") or (note.get("params") or {}).get("convrot"))
+        by_stored = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        notes = {
+            name.removesuffix("weight"): _note(by_stored[layer])
+            for name, stored in stored_names.items()
+            if (layer := stored.removesuffix(".weight")) in by_stored
+        }
+        for name, entry in entries.items():
+            if name.endswith(".comfy_quant"):
+                notes[name.removesuffix("comfy_quant")] = _note(json.loads(bytes(entry.read().tolist())))
+        return notes
     except (ValueError, AttributeError, TypeError) as error:
         raise FileError(f"{description} has a damaged note on its quantisation. Download it again.") from error
 
 
-def _packed_entry(parts: Mapping[str, Entry], what: str) -> Entry:
+def _note(content: dict) -> Note:
+    options = {**(content.get("params") or {}), **content}
+    return Note(options.get("format"), int(options.get("convrot_groupsize", 256)) if options.get("convrot") else 0)
+
+
+def _packed_entry(parts: Mapping[str, Entry], group: int, what: str) -> Entry:
     weight, scale = parts["weight"], parts["scale"]
     rows, columns = (*weight.shape, 0)[:2]
     if weight.dtype == torch.uint8 and _in_tiles(parts.get("block_scale"), rows, columns * 2 // NVFP4_BLOCK):
@@ -72,6 +104,10 @@ def _packed_entry(parts: Mapping[str, Entry], what: str) -> Entry:
         shape, unpack, packing = weight.shape, unpack_scaled, f"{type_name(weight.dtype)} with scales"
         single = scale.shape in ((), (1,))
         arrange = {} if single else {"scale": lambda scale: scale.reshape(rows, -1)}
+        if group and (columns % group or not math.log(group, 4).is_integer()):
+            raise _refusal(what, f"rotated by {group} of {columns} columns")
+        if group:
+            unpack, packing = partial(unpack_rotated, group), f"{packing}, rotated"
     else:
         stored, scales = (f"{type_name(part.dtype)} {list(part.shape)}" for part in (weight, scale))
         raise _refusal(what, f"{stored} with scales {scales}")

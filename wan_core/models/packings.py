@@ -1,18 +1,23 @@
-"""The packings of weights with scales: fp8 or int8 with one scale or several, nvfp4, mxfp8.
+"""The packings of weights with scales: fp8 or int8 with one scale or several, rotated int8, nvfp4, mxfp8.
 
-Sources: the layouts of ComfyUI (`comfy_quant`) and of kohya's musubi-tuner; Rouhani et al., "Microscaling Data Formats
-for Deep Learning", arXiv 2310.10537 (mxfp8); NVIDIA, "Block Scaling Factors Layout", cuBLAS documentation.
+Sources: the layouts of ComfyUI (`comfy_quant`) and of kohya's musubi-tuner; "ConvRot", arXiv 2512.03673 (rotation);
+Rouhani et al., "Microscaling Data Formats for Deep Learning", arXiv 2310.10537 (mxfp8); NVIDIA, "Block Scaling Factors
+Layout", cuBLAS documentation.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 # The values of a 4-bit float with two bits of exponent and one of mantissa.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# The regular Hadamard matrix of size 4; larger ones are its Kronecker powers.
+HADAMARD = ((1.0, 1.0, 1.0, -1.0), (1.0, 1.0, -1.0, 1.0), (1.0, -1.0, 1.0, 1.0), (-1.0, 1.0, 1.0, 1.0))
 NVFP4_BLOCK = 16  # neighbours in a row that share a scale
 MXFP8_BLOCK = 32
 
@@ -23,6 +28,14 @@ def unpack_scaled(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     if scale.ndim == 0:
         return weight.to(dtype) * scale.to(torch.float32)  # a single number keeps the type of the weight
     return blockwise(weight.float(), scale.float()).to(dtype)
+
+
+def unpack_rotated(group: int, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """As `unpack_scaled`, of a weight whose rows were turned before, `group` neighbours at a time."""
+    weight = blockwise(parts["weight"].float(), parts["scale"].float().reshape(-1, 1))
+    # The regular Hadamard matrix of this size: symmetric, and with this factor its own inverse
+    matrix = reduce(torch.kron, [torch.tensor(HADAMARD, device=weight.device)] * round(math.log(group, 4)))
+    return (weight.unflatten(-1, (-1, group)) @ (matrix / math.sqrt(group))).flatten(-2).to(dtype)
 
 
 def unpack_nvfp4(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
