@@ -6,15 +6,18 @@ that are not installed are left out.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
+from comfyui_wanflow.wan_core.compute import compute_dtype
 from comfyui_wanflow.wan_core.loading.keymaps import published_names
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from torch import Tensor, nn
 
@@ -28,13 +31,12 @@ def installed(library: str) -> bool:
 
 def import_diffsynth(module: str) -> types.ModuleType:
     """A module of DiffSynth without the imports of its packages, which want torchvision and other large things."""
-    root = Path(importlib.util.find_spec("diffsynth").origin).parent
-    for name in ("diffsynth", "diffsynth.core", "diffsynth.models"):
-        if not hasattr(sys.modules.get(name), "bare"):
-            package = types.ModuleType(name)
-            package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-            package.bare = True
-            sys.modules[name] = package
+    if "diffsynth" not in sys.modules:
+        root = Path(importlib.util.find_spec("diffsynth").origin).parent
+        for name in ("diffsynth", "diffsynth.core", "diffsynth.models"):
+            bare = ModuleSpec(name, loader=None, is_package=True)
+            bare.submodule_search_locations = [str(root.joinpath(*name.split(".")[1:]))]
+            sys.modules[name] = importlib.util.module_from_spec(bare)
     return importlib.import_module(module)
 
 
@@ -66,8 +68,9 @@ def dit(layers: int, grid: tuple[int, int, int], text_tokens: int, dtype: torch.
     ours.to(dtype)
     generator = torch.Generator().manual_seed(1)
     x, text = torch.randn(1, 16, *grid, generator=generator), torch.randn(1, text_tokens, 4096, generator=generator)
-    timestep = torch.tensor([731.0])
-    found: Contestants = {"wanflow": lambda: ours(x, timestep, text)}
+    timestep = torch.tensor([732.0])  # a number that bf16 has: DiffSynth narrows it
+    run = Run(compute_dtype=torch.float32 if dtype == torch.float32 else compute_dtype("cpu"))
+    found: Contestants = {"wanflow": lambda: ours(x, timestep, text, run=run)}
     if installed("diffusers"):
         from diffusers import WanTransformer3DModel
 
@@ -75,13 +78,33 @@ def dit(layers: int, grid: tuple[int, int, int], text_tokens: int, dtype: torch.
         copy_to_diffusers(ours, theirs)
         found["diffusers"] = lambda: theirs(x.to(dtype), timestep, text.to(dtype), return_dict=False)[0].float()
     if installed("diffsynth"):
-        studio = import_diffsynth("diffsynth.models.wan_video_dit").WanModel(
+        library = import_diffsynth("diffsynth.models.wan_video_dit")
+        studio = library.WanModel(
             dim=1536, in_dim=16, ffn_dim=8960, out_dim=16, text_dim=4096, freq_dim=256, eps=1e-6, patch_size=(1, 2, 2),
             num_heads=12, num_layers=layers, has_image_input=False,
         )  # fmt: skip
         studio.to(dtype).load_state_dict(ours.state_dict())
-        found["diffsynth"] = lambda: studio(x.to(dtype), timestep.to(dtype), text.to(dtype)).float()
+        found["diffsynth"] = lambda: run_diffsynth(library, studio, *(t.to(dtype) for t in (x, timestep, text))).float()
     return found
+
+
+def run_diffsynth(library: types.ModuleType, studio: nn.Module, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    """DiffSynth's transformer. Since 2.0 only its pipelines call the parts; this is what they do for text to video."""
+    time = studio.time_embedding(library.sinusoidal_embedding_1d(studio.freq_dim, timestep))
+    modulation = studio.time_projection(time).unflatten(1, (6, studio.dim))
+    context = studio.text_embedding(text)
+    patches = studio.patchify(x)
+    frames, height, width = grid = patches.shape[2:]
+    angles = [
+        studio.freqs[0][:frames].view(frames, 1, 1, -1).expand(*grid, -1),
+        studio.freqs[1][:height].view(1, height, 1, -1).expand(*grid, -1),
+        studio.freqs[2][:width].view(1, 1, width, -1).expand(*grid, -1),
+    ]
+    rotations = torch.cat(angles, dim=-1).reshape(frames * height * width, 1, -1)
+    tokens = patches.flatten(2).transpose(1, 2).contiguous()
+    for block in studio.blocks:
+        tokens = block(tokens, context, modulation, rotations)
+    return studio.unpatchify(studio.head(tokens, time), grid)
 
 
 def vae(frames: int, height: int, width: int) -> tuple[Contestants, Contestants]:

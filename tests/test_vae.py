@@ -139,9 +139,19 @@ def test_memory_does_not_grow_with_the_clip(vae):
         memory = Memory()
         for _ in range(frames):
             vae.decode_group(torch.zeros(1, 16, 1, 4, 4), memory)
-        return sum(t.untyped_storage().nbytes() for frames in memory.last.values() for t in frames)
+        return sum(t.untyped_storage().nbytes() for frames in memory.kept.values() for t in frames)
 
     assert kept(4) == kept(7)
+
+
+def test_groups_pass_gradients_as_the_whole_does(vae):
+    """Training may keep a memory between groups."""
+    latents = torch.randn(1, 16, 4, 4, 4, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    memory = Memory()
+    groups = [vae.decode_group(part, memory) for part in latents.split([2, 1, 1], dim=2)]
+    (got,) = torch.autograd.grad(torch.cat(groups, dim=2).square().sum(), latents)
+    (wanted,) = torch.autograd.grad(vae.decode_whole(latents).square().sum(), latents)
+    assert distance(got, wanted) < 1e-5
 
 
 def test_a_batch_is_its_clips(vae):

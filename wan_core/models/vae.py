@@ -127,11 +127,11 @@ class VideoVAE(nn.Module):
 
     def encode_whole(self, pixels: Tensor) -> Tensor:
         """(b, 3, 4n+1, H, W) -> the mean latents (b, 16, n+1, H/8, W/8), all frames in one pass: for training."""
-        return self.encode_group(pixels, Memory())
+        return self.encode_group(pixels, Memory(final=True))
 
     def decode_whole(self, latents: Tensor) -> Tensor:
         """(b, 16, n+1, h, w) -> (b, 3, 4n+1, 8h, 8w), not clamped, all frames in one pass: for training."""
-        return self.decode_group(latents, Memory())
+        return self.decode_group(latents, Memory(final=True))
 
     @torch.no_grad()
     def encode(
@@ -177,6 +177,7 @@ class VideoVAE(nn.Module):
         memory, device = Memory(), self.conv1.weight.device
         frames = (pixels.shape[2] - 1) // TEMPORAL_STRIDE + 1
         for begin, end in frame_groups(frames, pixels.shape[3] * pixels.shape[4] // SPATIAL_STRIDE**2):
+            memory.final = end == frames
             group = pixels[:, :, max(0, begin * TEMPORAL_STRIDE - 3) : end * TEMPORAL_STRIDE - 3]
             yield self.encode_group(group.to(device), memory)
 
@@ -184,7 +185,9 @@ class VideoVAE(nn.Module):
         """The pixels of a clip, not clamped, some frames at a time."""
         self.order_weights()
         memory, device = Memory(), self.conv1.weight.device
-        for begin, end in frame_groups(latents.shape[2], latents.shape[3] * latents.shape[4]):
+        frames = latents.shape[2]
+        for begin, end in frame_groups(frames, latents.shape[3] * latents.shape[4]):
+            memory.final = end == frames
             yield self.decode_group(latents[:, :, begin:end].to(device), memory)
 
     def encode_group(self, pixels: Tensor, memory: Memory) -> Tensor:

@@ -27,10 +27,14 @@ CUBE, TIME, POINT = (3, 3, 3), (3, 1, 1), (1, 1, 1)  # kernels: frames, rows, co
 
 
 class Memory:
-    """What the layers keep between two groups of frames of one clip: each its last input frames."""
+    """What the layers keep between two groups of frames of one clip: each its last input frames.
 
-    def __init__(self):
-        self.last: dict[nn.Module, list[Tensor]] = {}
+    final: no group follows this one, so nothing has to be kept any more.
+    """
+
+    def __init__(self, final: bool = False):
+        self.final = final
+        self.kept: dict[nn.Module, list[Tensor]] = {}
         self.seen: Counter[nn.Module] = Counter()  # how many frames each layer was given so far
 
     def recall(self, layer: nn.Module, x: Tensor, count: int) -> list[Tensor]:
@@ -38,20 +42,21 @@ class Memory:
 
         Before a clip begins there is nothing: several frames get zeros in front, a single one only what there is.
         """
-        if layer not in self.last:
-            self.last[layer] = [torch.zeros_like(x[:, :, 0]) for _ in range(count)]
-        nothing = max(0, count - self.seen[layer]) if x.shape[2] == 1 else 0
-        self.seen[layer] += x.shape[2]
-        return [*self.last[layer][nothing:], *x.unbind(2)]
+        seen, frames = self.seen[layer], x.unbind(2)
+        self.seen[layer] += len(frames)
+        if len(frames) == 1:
+            return [*self.kept.get(layer, [])[-seen:], *frames]
+        return [*self.kept.get(layer, [torch.zeros_like(frames[0])] * count), *frames]
 
-    def keep(self, layer: nn.Module, frames: list[Tensor]) -> None:
-        """Remember the last of these frames, which may begin with those remembered before."""
-        count = len(self.last[layer])
-        if torch.is_grad_enabled():
-            self.last[layer] = [*self.last[layer], *frames][-count:]
+    def keep(self, layer: nn.Module, frames: list[Tensor], count: int) -> None:
+        """Remember the last `count` of these frames, which may begin with those remembered before."""
+        if self.final:
             return
         # Into the same places, as long as the clip lasts: new ones would scatter the heap, views keep all frames alive.
-        for place, frame in zip(self.last[layer][-len(frames) :], frames[-count:], strict=True):
+        # What autograd has seen must stay as it was.
+        if layer not in self.kept or torch.is_grad_enabled():
+            self.kept[layer] = [torch.zeros_like(frames[0]) for _ in range(count)]
+        for place, frame in zip(self.kept[layer][-len(frames) :], frames[-count:], strict=True):
             place.copy_(frame)
 
     def split_first(self, layer: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -92,7 +97,8 @@ class CausalConv3d(nn.Conv3d):
         weight, bias = widened(self.weight, x), widened(self.bias, x)
         if self.kernel_size == POINT:
             return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-        frames = memory.recall(self, x, self.kernel_size[0] - self.stride[0])
+        past = self.kernel_size[0] - self.stride[0]
+        frames = memory.recall(self, x, past)
         if self.kernel_size == TIME:
             out = mix_frames(frames, weight.flatten(2), bias, self.stride[0])
         elif x.shape[2] == 1:
@@ -101,7 +107,7 @@ class CausalConv3d(nn.Conv3d):
             out = winograd.convolve_frames(frames, weight, bias)
         else:
             out = F.conv3d(stack_frames(frames), weight, bias, padding=self.padding)
-        memory.keep(self, frames)
+        memory.keep(self, frames, past)
         return out
 
 
@@ -199,7 +205,7 @@ class Downsample(nn.Module):
             return x
         parts, x = memory.split_first(self, x)
         for first in parts:
-            memory.keep(self.time_conv, memory.recall(self.time_conv, first, 1))
+            memory.kept[self.time_conv] = [first[:, :, 0].clone()]
         if x.shape[2]:
             parts.append(self.time_conv(x, memory))
         return torch.cat(parts, dim=2)
