@@ -124,13 +124,13 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 
 @torch.no_grad()
-def calibrate(vae: VideoVAE, seed: int) -> None:
+def calibrate(vae: VideoVAE, seed: int, clips: int = 64) -> None:
     """Give the raw latents the published mean and deviation per channel, folded into conv1 and conv2.
 
     The DiT and all other programs normalise with the published constants; without this step the tiny
     latents would not have unit variance after that.
     """
-    stage = Stage(1, 64, 9, 64, 0.0)
+    stage = Stage(1, clips, 9, 64, 0.0)
     latents = vae.encode_whole(random_batch(np.random.default_rng(seed), stage))
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     scale = torch.tensor(LATENT_STD) / std
