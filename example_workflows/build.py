@@ -2,8 +2,8 @@
 `python -m comfyui_wanflow.example_workflows.build [VIDEO ...]`.
 
 Each workflow is written twice from one description: `api/<name>.json` for `wanflow run` and ComfyUI's queue,
-`<name>.json` with positions and wires for ComfyUI's editor, where it appears among the templates. A video that
-`wanflow run <name>` has saved becomes the template's picture, `<name>.jpg`.
+`<name>.json` with positions and wires for ComfyUI's editor, where it appears among the templates. Its picture there,
+`<name>.jpg`, is a card; the quickstart's is made from the video that `wanflow run quickstart` has saved.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from PIL import Image
 
 from ..wan_core.loading import catalog
 from ..wan_core.video import read_video
+from .cards import card
 from .editor import editor_graph
 from .front_page import front_pages
-from .inputs import DEPTH_VIDEO, FIRST_IMAGE, LAST_IMAGE, MASK, REFERENCE_IMAGE, VIDEO, write_inputs
+from .inputs import DEPTH_VIDEO, FIRST_IMAGE, LAST_IMAGE, MASK, REFERENCE_IMAGE, VIDEO, inputs, write_inputs
 
 FOLDER = Path(__file__).parent
 
@@ -204,6 +205,13 @@ def files() -> dict[Path, str]:
     return texts | front_pages()
 
 
+def cards() -> dict[Path, Image.Image]:
+    """The pictures of all workflows but the quickstart, which has shown what it makes."""
+    pictures, named = inputs(), workflows()
+    del named["quickstart"]
+    return {FOLDER / f"{name}.jpg": card(name, workflow, pictures) for name, workflow in named.items()}
+
+
 def picture(video: Path, count: int = 4, side: int = 256) -> Path:
     """`count` frames of `<name>_00001_.mp4` side by side, each of `side` pixels, as `<name>.jpg`."""
     frames, _ = read_video(video)
@@ -217,6 +225,9 @@ def picture(video: Path, count: int = 4, side: int = 256) -> Path:
 if __name__ == "__main__":
     for path, text in files().items():
         path.write_text(text, encoding="utf-8")
+        print(path)
+    for path, drawn in cards().items():
+        drawn.save(path, quality=85)
         print(path)
     print(*write_inputs(), sep="\n")
     for video in sys.argv[1:]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from comfyui_wanflow.example_workflows.build import files
+from comfyui_wanflow.example_workflows.build import cards, files
 from comfyui_wanflow.example_workflows.inputs import FOLDER as INPUTS
 from comfyui_wanflow.example_workflows.inputs import inputs
 from comfyui_wanflow.nodes import node_classes
@@ -64,6 +64,16 @@ def test_the_inputs_are_what_is_drawn():
             assert found.shape == frames.shape
             assert numpy.abs(found.numpy() - frames).mean(axis=(1, 2, 3)).max() < 0.02, name
         assert (INPUTS / name).stat().st_size < 25_000
+
+
+def test_the_pictures_are_what_is_drawn():
+    drawn = cards()
+    assert {path.stem for path in drawn} == set(NAMES) - {"quickstart"}
+    assert set(EXAMPLES.glob("*.jpg")) - {EXAMPLES / "quickstart.jpg"} == set(drawn)
+    for path, card in drawn.items():
+        with Image.open(path) as picture:
+            difference = numpy.array(picture).astype(float) - numpy.array(card)
+        assert abs(difference).mean() < 4, path.name  # JPEG loses a little, and fonts differ a little
 
 
 def test_every_model_has_an_example_that_shows_its_settings():
