@@ -1,11 +1,12 @@
 """Race WanFlow against its peers on the CPU: `python benchmarks/run.py [dit|vae ...] [--rounds N]`.
 
-Writes results/NAME.json (every sample) and results/NAME.md (medians and ratios); NAME is the commit.
+Writes results/TABLE.json (every sample) and results/TABLE.md (medians and ratios).
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
@@ -32,7 +33,7 @@ def dit_table(rounds: int) -> list[Result]:
 def vae_table(rounds: int) -> list[Result]:
     """The published width, fp32."""
     results = []
-    for frames, size in ((9, 128), (1, 256)):
+    for frames, size in ((5, 128), (1, 256)):
         encode, decode = contestants.vae(frames, size, size)
         results += race(f"VAE encode {frames} x {size} x {size}", encode, rounds)
         results += race(f"VAE decode {frames} x {size} x {size}", decode, rounds)
@@ -49,13 +50,16 @@ def processor() -> str:
     return f"{model}, {wide}, {os.cpu_count()} threads"
 
 
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", HERE, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def machine() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", HERE, HERE.parent / "wan_core" / "models")
     versions = {name: importlib.metadata.version(name) for name in contestants.LIBRARIES if contestants.installed(name)}
     return {
-        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
         "processor": processor(),
         "threads used": str(torch.get_num_threads()),
         "load average": " ".join(f"{load:.1f}" for load in os.getloadavg()),
@@ -84,20 +88,19 @@ def markdown(facts: dict[str, str], results: list[Result]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which to run; all if none is named")
+    parser.add_argument("tables", nargs="*", metavar="dit|vae", help="which to run; all if none is named")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    results = [r for name in arguments.tables or TABLES for r in TABLES[name](arguments.rounds)]
-    facts = machine()
-    table = markdown(facts, results)
-    print(table)
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    name = "-".join([facts["commit"], *arguments.tables])
-    (folder / f"{name}.md").write_text(table)
-    (folder / f"{name}.json").write_text(
-        json.dumps({"machine": facts, "results": [asdict(r) for r in results]}, indent=1)
-    )
+    for name in arguments.tables or TABLES:
+        results = TABLES[name](arguments.rounds)
+        facts = machine()
+        table = markdown(facts, results)
+        print(table, flush=True)
+        kept = {"machine": facts, "results": [asdict(result) for result in results]}
+        folder = HERE / "results"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.md").write_text(table)
+        (folder / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
