@@ -10,6 +10,7 @@ from ..nodes.headless.core_nodes import NODES as CORE_NODES
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, GAP, WIDTH = 400, 60, 340  # of the layout, pixels
+PREVIEW = 250  # the upload button, and the picture below it
 
 
 @cache
@@ -58,6 +59,7 @@ def editor_node(id: int, order: int, entry: dict[str, Any], info: dict[str, Any]
             if options.get("control_after_generate"):
                 values.append("fixed")
             height += 80 if options.get("multiline") else 0
+            height += PREVIEW if options.get("image_upload") or options.get("video_upload") else 0
         sockets.append(socket)
     pairs = zip(info["output_name"], info["output"], strict=True)
     outputs = [{"name": name, "type": kind, "links": []} for name, kind in pairs]
