@@ -115,6 +115,14 @@ def test_gradients_equal_diffusers(twins):
     assert distance(*gradients) < 1e-5
 
 
+def test_sixteen_bits_keep_the_plain_arithmetic():
+    """Winograd's sums need more digits than bf16 has."""
+    x = torch.zeros(1, 64, 4, 2, 2)
+    with torch.no_grad():
+        assert winograd.pays(x) and not winograd.pays(x.bfloat16())
+    assert not winograd.pays(x)  # under autograd
+
+
 # --- groups, tiles, batches, types ---
 
 

@@ -44,11 +44,12 @@ FOUR_FRAMES = Recipe(
 
 
 def pays(x: Tensor) -> bool:
-    """Whether the saved arithmetic outweighs the additions: on a CPU, from some dozens of channels on.
+    """Whether the saved arithmetic outweighs the additions: on a CPU in fp32, from some dozens of channels on.
 
     It is left out of training: there the frames between would have to be kept.
     """
-    return x.shape[2] % 2 == 0 and x.device.type == "cpu" and x.shape[1] >= 64 and not torch.is_grad_enabled()
+    fits = x.shape[2] % 2 == 0 and x.shape[1] >= 64
+    return fits and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
 
 
 def convolve_frames(frames: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
