@@ -123,6 +123,13 @@ def test_full_disk_leaves_nothing(tmp_path, suffix):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "webp", "png"])
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, suffix):
+    (tmp_path / "taken").touch()  # no folder, so nothing can be written below it, nor removed
+    with pytest.raises(FileError, match="could not be saved.*Choose another output folder"):
+        save_video(clip(), tmp_path / "taken" / f"a.{suffix}")
+
+
 def test_an_older_file_survives_a_failure(tmp_path):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"older")

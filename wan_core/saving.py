@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import FileError
@@ -24,11 +25,13 @@ def write_whole(writers: Mapping[Path, Callable[[Path], None]]) -> None:
         for path, file in unfinished.items():
             file.replace(path)
     except OSError as error:
-        reason = "there is no room left on the disk" if error.errno in NO_ROOM else error.strerror or str(error)
+        full = error.errno in NO_ROOM
+        reason = "there is no room left on the disk" if full else error.strerror or str(error)
         raise FileError(
             f"{next(iter(writers))} could not be saved: {reason}. No partial file was left. "
-            "Free some space or choose another output folder, and run again."
+            f"{'Free some space or choose' if full else 'Choose'} another output folder, and run again."
         ) from error
     finally:
         for file in unfinished.values():
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing could be written, there is nothing to remove
+                file.unlink()
