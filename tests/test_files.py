@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import struct
 import sys
 
@@ -146,6 +147,19 @@ class TestPickles:
         with pytest.raises(FileError, match=r"asks to run code \(posix.system\).* not run.*safetensors"):
             open_checkpoint(tmp_path / "a.pth")
         assert not trace.exists()
+
+    @pytest.mark.parametrize("protocol", [4, 5])
+    def test_a_bare_pickle_is_refused_and_not_run(self, tmp_path, protocol, recwarn):
+        trace = tmp_path / "trace"
+
+        class Command:
+            def __reduce__(self):
+                return os.system, (f"touch {trace}",)
+
+        (tmp_path / "a.pth").write_bytes(pickle.dumps({"x": Command()}, protocol))
+        with pytest.raises(FileError, match="may ask to run code.*not read.*safetensors"):
+            open_checkpoint(tmp_path / "a.pth")
+        assert not trace.exists() and not recwarn.list
 
     def test_a_harmless_object_is_refused_too(self, tmp_path):
         torch.save({"model": WEIGHTS, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import FileError
 from .keymaps import NESTINGS
 
+PYTHONS_OWN = (b"\x80\x04", b"\x80\x05")  # how bare pickles begin; torch writes protocol 2, or a zip
+
 
 def open_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors by name, mapped where the file allows it.
@@ -30,7 +32,13 @@ def open_pickle(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path):
     # Not mapped: the bare pickles of old torch versions, and what torch would take for safetensors by its name.
     with path.open("rb") as file:
-        mappable = file.read(2) == b"PK" and path.suffix != ".safetensors"
+        beginning = file.read(2)
+        mappable = beginning == b"PK" and path.suffix != ".safetensors"
+        if beginning in PYTHONS_OWN:
+            raise FileError(
+                f"{path} is a pickle of Python objects, which may ask to run code, and not a checkpoint of torch. "
+                "It was not read. Take the .safetensors file of the same model."
+            )
         file.seek(0)
         return _guarded_load(path, str(path) if mappable else file, mappable)
 
