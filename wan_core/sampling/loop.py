@@ -210,9 +210,7 @@ def draw_noise(shape: Sequence[int], prefix: int, settings: Settings) -> Tensor:
     try:
         generator = torch.Generator(device).manual_seed(settings.seed)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise InputError(
-            f"This computer cannot draw noise on rand_device {device!r} ({error}). Choose 'cpu'."
-        ) from error
+        raise InputError(f"This computer cannot draw noise on rand_device {device!r}. Choose 'cpu'.") from error
     noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
     front = torch.randn((*shape[:2], prefix, *shape[3:]), generator=generator, device=device, dtype=torch.float32)
     return torch.cat([front, noise], dim=2)
