@@ -6,7 +6,8 @@ place than "cpu" although the numbers stay at hand.
 
 import pytest
 import torch
-from comfyui_wanflow.wan_core.offload.residency import Residency, is_matrix
+from comfyui_wanflow.wan_core.offload.residency import Residency
+from comfyui_wanflow.wan_core.offload.units import is_matrix
 from torch import nn
 
 BLOCK_BYTES = (64 * 64 + 64) * 4

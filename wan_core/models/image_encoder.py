@@ -106,12 +106,15 @@ class VisualTower(nn.Module):
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, layout.dim))
         self.pos_embedding = nn.Parameter(torch.zeros(1, layout.positions, layout.dim))
         self.pre_norm = LayerNorm(layout.dim, EPS)
-        self.transformer = nn.Sequential(*(Block(layout) for _ in range(layout.layers)))
+        self.transformer = nn.ModuleList(Block(layout) for _ in range(layout.layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  # (b, 3, side, side) -> (b, patches, dim)
         x = torch.cat([widened(self.cls_embedding, x).expand(len(x), -1, -1), x], dim=1)
-        return self.transformer(self.pre_norm(x + widened(self.pos_embedding, x)))
+        x = self.pre_norm(x + widened(self.pos_embedding, x))
+        for block in self.transformer:
+            x = block(x)
+        return x
 
 
 class ImageEncoder(nn.Module):

@@ -1,47 +1,22 @@
 """Copies of a module's weights on the device that computes, as many as there is room for.
 
 The stored parameters never move and never change: for the length of a run their entries in `module._parameters` are
-replaced by the copies, and put back afterwards. Layers without a resident copy get one around each of their calls.
-On the device where the weights are stored nothing is copied at all.
+replaced by the copies, and put back afterwards. Blocks without resident copies travel to the device ahead of their
+calls (see streaming.py), other layers get copies around each of theirs. On the device where the weights are stored
+nothing is copied at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-
-def is_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether this is the weight of a linear layer, a convolution or an embedding: nearly all of a model's bytes.
-
-    Biases, norms and modulations are small, matter more, and keep the type that they are stored in.
-    """
-    return name.endswith("weight") and parameter.dim() >= 2 and parameter.is_floating_point()
-
-
-@dataclass(eq=False)
-class Unit:
-    """One layer's own parameters: what is copied, used and dropped together."""
-
-    module: nn.Module
-    stored: dict[str, nn.Parameter]
-    dtypes: dict[str, torch.dtype]  # of the copies
-    copies: dict[str, nn.Parameter] | None = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(p.numel() * self.dtypes[name].itemsize for name, p in self.stored.items())
-
-    def copied(self, device: torch.device) -> dict[str, nn.Parameter]:
-        with torch.inference_mode(False), torch.no_grad():
-            return {
-                name: nn.Parameter(p.to(device, self.dtypes[name]), requires_grad=False)
-                for name, p in self.stored.items()
-            }
+from .policy import Plan, passing, plan, residents
+from .streaming import Conveyor
+from .units import Unit, find_units
 
 
 class Residency:
@@ -49,18 +24,17 @@ class Residency:
 
     compute_dtype: copies of matrices inside the repeated blocks are made in this type where they are stored in a wider
     one, as the layers would narrow them in every call anyway; None keeps every type.
+    rest_on: "cpu" reads travelling blocks into main memory, where they stay; "disk" leaves them in their file, which
+    the system keeps in memory as far as there is any to spare.
     """
 
-    def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None):
+    def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, rest_on: str = "disk"):
         self.module = module
+        self.rest_on = rest_on
         self.device: torch.device | None = None  # of the copies
         self._running_on: torch.device | None = None
-        self._units = [
-            Unit(layer, dict(own), {name: _copy_dtype(f"{path}.{name}", p, compute_dtype) for name, p in own.items()})
-            for path, layer in module.named_modules()
-            if (own := {name: p for name, p in layer._parameters.items() if p is not None})
-        ]
-        self._rest = next((p.device for unit in self._units for p in unit.stored.values()), torch.device("cpu"))
+        self._units = find_units(module, compute_dtype)
+        self._rest = next((place.stored.device for unit in self._units for place in unit.places), torch.device("cpu"))
 
     def total_bytes(self) -> int:
         """Bytes of all weights, as they would be on the compute device."""
@@ -70,8 +44,17 @@ class Residency:
         """Bytes of the copies held now: what `release()` would give back. 0 where weights are used in place."""
         return sum(unit.bytes for unit in self._units if unit.copies is not None)
 
+    def passing_bytes(self) -> int:
+        """Bytes that a run takes on the device beside the resident copies, where not all are resident."""
+        return passing(*self._sizes())
+
+    def plan(self, budget: int | None) -> Plan:
+        """What stays and what travels where the weights may take `budget` bytes, in passing ones included."""
+        sizes, blocks = self._sizes()
+        return plan(sizes, budget, blocks)
+
     def ensure(self, budget: int | None = None, device: torch.device | str | None = None) -> int:
-        """Hold copies of up to `budget` bytes (None: of all) on `device`, first layers first; returns the bytes held.
+        """Hold copies of up to `budget` bytes (None: of all) on `device`, by priority; returns the bytes held.
 
         A smaller budget than before shrinks, a negative one empties. During a run nothing changes.
         """
@@ -84,25 +67,33 @@ class Residency:
         if target != self.device:
             self.release()
             self.device = target
-        room = self.total_bytes() if budget is None else budget
-        if self.resident_bytes() > room:
-            self.release(self.resident_bytes() - room)
-        room -= self.resident_bytes()
+        stay = {self._units[number] for number in self._staying(self.total_bytes() if budget is None else budget)}
         for unit in self._units:
-            if unit.copies is None and unit.bytes <= room:
+            if unit not in stay:
+                unit.copies = None
+        for unit in self._units:  # when the others' memory is free
+            if unit in stay and unit.copies is None:
                 unit.copies = unit.copied(target)
-                room -= unit.bytes
         return self.resident_bytes()
 
+    def _staying(self, room: int) -> list[int]:
+        sizes, blocks = self._sizes()
+        return residents(sizes, room, blocks)
+
+    def _sizes(self) -> tuple[list[int], list[int]]:
+        """The bytes of every unit, and the numbers of those that are blocks."""
+        return [unit.bytes for unit in self._units], [n for n, unit in enumerate(self._units) if unit.is_block]
+
     def release(self, amount: int | None = None) -> int:
-        """Drop at least `amount` bytes of copies (None: all), last layers first; returns the bytes freed.
+        """Drop at least `amount` bytes of copies (None: all), least important first; returns the bytes freed.
 
         Nothing is freed during a run.
         """
         if self._running_on is not None:
             return 0
         freed = 0
-        for unit in reversed(self._units):
+        for number in reversed(self._staying(self.total_bytes())):
+            unit = self._units[number]
             if amount is not None and freed >= amount:
                 break
             if unit.copies is not None:
@@ -124,35 +115,50 @@ class Residency:
             return
         if device not in (self._rest, self.device):
             self.ensure(None, device)
-        units = self._units if device != self._rest else ()
-        hooks = []
+        units = self._units if device != self._rest else []
+        travelling = [unit for unit in units if unit.copies is None and unit.is_block]
+        hooks, conveyor = [], None
         self._running_on = device
         try:
+            if travelling:
+                conveyor = Conveyor(travelling, device, self.rest_on == "cpu")
             for unit in units:
                 if unit.copies is not None:
-                    unit.module._parameters.update(unit.copies)
+                    unit.put(unit.copies)
                 else:
-                    hooks += self._fetch_around_calls(unit, device)
+                    hooks += _fetch_around_calls(unit, device, conveyor)
             yield self.module
         finally:
             self._running_on = None
             for hook in hooks:
                 hook.remove()
             for unit in units:
-                unit.module._parameters.update(unit.stored)
+                unit.restore()
+            if conveyor:
+                conveyor.close()
 
-    @staticmethod
-    def _fetch_around_calls(unit: Unit, device: torch.device) -> list:
-        def fetch(module, arguments):
-            module._parameters.update(unit.copied(device))
 
-        def drop(module, arguments, output):
-            module._parameters.update(unit.stored)
+def _fetch_around_calls(unit: Unit, device: torch.device, conveyor: Conveyor | None) -> list:
+    """Hooks that put copies in place around each call of the unit's module.
 
-        return [
-            unit.module.register_forward_pre_hook(fetch),
-            unit.module.register_forward_hook(drop, always_call=True),
-        ]
+    What autograd keeps for its way back must not be written over: with gradients each call gets copies of its own.
+    """
+    taken = False
+
+    def fetch(module, arguments):
+        nonlocal taken
+        taken = unit.is_block and not torch.is_grad_enabled()
+        unit.put(conveyor.take(unit) if taken else unit.copied(device))
+
+    def drop(module, arguments, output):
+        unit.restore()
+        if taken and output is not None:  # None: the call failed, and nothing follows
+            conveyor.done(unit)
+
+    return [
+        unit.module.register_forward_pre_hook(fetch),
+        unit.module.register_forward_hook(drop, always_call=True),
+    ]
 
 
 def exact_device(device: torch.device | str) -> torch.device:
@@ -161,9 +167,3 @@ def exact_device(device: torch.device | str) -> torch.device:
     if device.index is None and device.type not in ("cpu", "meta"):
         return torch.empty(0, device=device).device
     return device
-
-
-def _copy_dtype(path: str, parameter: nn.Parameter, compute_dtype: torch.dtype | None) -> torch.dtype:
-    if compute_dtype is None or not path.startswith(("blocks.", "vace_blocks.")) or not is_matrix(path, parameter):
-        return parameter.dtype
-    return min(parameter.dtype, compute_dtype, key=lambda dtype: dtype.itemsize)

@@ -1,0 +1,284 @@
+"""Which blocks stay and which travel, and that travelling changes no number and leaves nothing behind.
+
+There is no second device here: "cpu:0" is to torch another place than "cpu", with the numbers at hand. The side stream
+and the pinned memory of CUDA are not tested by this file.
+"""
+
+import itertools
+
+import pytest
+import torch
+from comfyui_wanflow.wan_core.lora import Lora
+from comfyui_wanflow.wan_core.model import WanModel
+from comfyui_wanflow.wan_core.models.changes import Decomposed, LowRank
+from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run, call
+from comfyui_wanflow.wan_core.models.network import Network
+from comfyui_wanflow.wan_core.models.packed import Packed, keep_packed
+from comfyui_wanflow.wan_core.offload.policy import DEPTH, plan, priority
+from comfyui_wanflow.wan_core.offload.residency import Residency
+from comfyui_wanflow.wan_core.offload.streaming import Conveyor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+ELSEWHERE = torch.device("cpu:0")
+SIZES = [50, *[100] * 8, 20]  # a layer, eight blocks, a layer
+BLOCKS = range(1, 9)
+
+
+class TestPolicy:
+    def test_everything_stays_where_it_fits(self):
+        for budget in (None, sum(SIZES), 10**12):
+            decided = plan(SIZES, budget, BLOCKS)
+            assert decided.streamed == () and decided.resident == tuple(range(10))
+            assert decided.peak(room=7) == sum(SIZES) + 7
+
+    @pytest.mark.parametrize("budget", range(-10, 880, 30))
+    def test_the_peak_keeps_to_the_budget(self, budget):
+        decided = plan(SIZES, budget, BLOCKS)
+        least = DEPTH * 100 + 50
+        assert sorted(decided.resident + decided.streamed) == list(range(10))
+        assert decided.resident_bytes + decided.streamed_bytes == sum(SIZES)
+        assert decided.peak(room=1000) <= max(budget, least) + 1000
+        if budget < least:
+            assert not decided.resident
+
+    def test_more_memory_never_means_more_transfer(self):
+        transfers = [plan(SIZES, budget, BLOCKS).streamed_bytes for budget in range(0, 900, 10)]
+        assert transfers == sorted(transfers, reverse=True) and transfers[-1] == 0
+
+    def test_travelling_blocks_lie_between_resident_ones(self):
+        first, *spread = [unit for unit in priority(10, BLOCKS) if unit in BLOCKS][:4]
+        assert sorted([first, *spread]) == [1, 3, 5, 7]
+        assert priority(10, BLOCKS)[:2] == [0, 9]  # what cannot be fetched ahead of time comes first
+        assert sorted(priority(10, BLOCKS)) == list(range(10))
+
+    @pytest.mark.parametrize("blocks", range(1, 42))
+    def test_every_beginning_of_the_order_is_spread(self, blocks):
+        order = priority(blocks, range(blocks))
+        for count in range(1, blocks + 1):
+            stay = sorted(order[:count])
+            gaps = [b - a for a, b in itertools.pairwise([*stay, stay[0] + blocks])]
+            assert max(gaps) <= 4 * blocks / count
+
+    def test_transfer_against_compute(self):
+        decided = plan(SIZES, 500, BLOCKS)
+        assert decided.streamed_bytes == 700
+        assert decided.transfer_seconds(bytes_per_second=350) == 2
+        assert decided.exposed_seconds(compute_seconds=0.5, bytes_per_second=350) == 1.5
+        assert decided.exposed_seconds(compute_seconds=9, bytes_per_second=350) == 0
+
+
+LAYOUT = DiTLayout(dim=128, ffn_dim=96, layers=5, heads=1, text_dim=8)
+
+
+def random_trunk():
+    torch.manual_seed(0)
+    trunk = DiT(LAYOUT)
+    nn.init.normal_(trunk.head.head.weight, std=0.1)
+    return trunk.requires_grad_(False)
+
+
+@pytest.fixture
+def trunk():
+    return random_trunk()
+
+
+def inputs():
+    torch.manual_seed(1)
+    return torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 6, 8)
+
+
+def model_of(trunk, **options):
+    return WanModel(
+        module=Network(trunk), name="small", device=ELSEWHERE, compute_dtype=torch.float32,
+        residency=Residency(trunk, **options), layout=LAYOUT,
+    )  # fmt: skip
+
+
+def state(module):
+    return dict(module.named_parameters()), [
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()
+    ]
+
+
+def assert_untouched(module, before):
+    parameters, hooks = state(module)
+    assert all(parameter is before[0][name] for name, parameter in parameters.items())
+    assert hooks == before[1] and not any(hooks)
+    assert not any("forward" in vars(m) for m in module.modules())
+
+
+@pytest.fixture
+def journeys(monkeypatch):
+    """The blocks sent, in order."""
+    sent = []
+    plain = Conveyor._send
+
+    def send(self, unit):
+        if all(buffer.unit is not unit for buffer in self.buffers):
+            sent.append(unit.module)
+        return plain(self, unit)
+
+    monkeypatch.setattr(Conveyor, "_send", send)
+    return sent
+
+
+def budgets(trunk):
+    """Nothing stays; some blocks do; all do."""
+    total = Residency(trunk).total_bytes()
+    return 0, total // 2, total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rest_on", ["cpu", "disk"])
+@pytest.mark.parametrize("share", range(3))
+def test_equal_to_the_plain_run_to_the_bit(trunk, rest_on, share, journeys):
+    expected, before = trunk(*inputs()), state(trunk)
+    weights = Residency(trunk, rest_on=rest_on)
+    weights.ensure(budgets(trunk)[share], ELSEWHERE)
+    for _ in range(2):
+        with weights.attached(ELSEWHERE) as module:
+            for _ in range(2):
+                assert torch.equal(module(*inputs()), expected)
+        assert_untouched(trunk, before)
+    assert bool(journeys) == (share < 2)
+
+
+@torch.no_grad()
+def test_blocks_travel_ahead_of_their_calls(trunk, journeys):
+    weights = Residency(trunk)
+    weights.ensure(0, ELSEWHERE)
+    on_arrival = []
+    for block in trunk.blocks:
+        block.register_forward_pre_hook(lambda *_: on_arrival.append(len(journeys)))
+    with weights.attached(ELSEWHERE) as module:
+        for _ in range(2):
+            module(*inputs())
+    blocks = list(trunk.blocks)
+    assert journeys == [*blocks, *blocks, blocks[0]]
+    assert on_arrival == [0, *range(2, 11)]  # the first is sent for when it is called, all others one call before
+
+
+@torch.no_grad()
+def test_an_unforeseen_order_is_learned(trunk, journeys):
+    weights = Residency(trunk)
+    weights.ensure(0, ELSEWHERE)
+    blocks, step = trunk.blocks, None
+    calls = [blocks[i] for i in (3, 1, 4)]
+    for block in blocks:
+        block.forward = lambda x: x
+    with weights.attached(ELSEWHERE):
+        for block in calls * 2:
+            block(step)
+        missed = len(journeys)
+        for block in calls * 2:
+            block(step)
+    assert len(journeys) == missed + 6
+
+
+def test_read_once_into_memory(trunk):
+    weights = Residency(trunk, rest_on="cpu")
+    weights.ensure(0, ELSEWHERE)
+    with torch.no_grad():
+        with weights.attached(ELSEWHERE) as module:
+            expected = module(*inputs())
+        for parameter in trunk.blocks.parameters():  # whatever becomes of the file
+            parameter.zero_()
+        with weights.attached(ELSEWHERE) as module:
+            assert torch.equal(module(*inputs()), expected)
+
+
+@torch.no_grad()
+def test_loras(trunk):
+    factors = torch.randn(128, 4), torch.randn(4, 128)
+    changes = {f"blocks.{i}.self_attn.q.weight": LowRank(*factors) for i in range(5)}
+    changes["blocks.2.ffn.0.weight"] = Decomposed(LowRank(torch.randn(96, 2), factors[1][:2]), torch.rand(96, 1))
+    changed = model_of(trunk).with_lora(Lora("small", changes), 0.7).with_lora(Lora("other", changes), -0.2)
+    with changed.attached("cpu") as network:
+        expected = network(*inputs())
+    before = state(trunk)
+    assert changed.total_bytes() > Residency(trunk).total_bytes()
+    for budget in (0, changed.total_bytes() // 2):
+        changed.ensure(budget)
+        with changed.attached() as network:
+            assert torch.equal(network(*inputs()), expected)
+        assert_untouched(trunk, before)
+
+
+@torch.no_grad()
+def test_packed_weights(trunk):
+    bits = torch.randint(-100, 100, (96, 128), dtype=torch.int8)
+    parts = {"weight": bits, "scale": torch.tensor(0.01)}
+    packed = Packed((96, 128), parts, lambda parts, dtype: parts["weight"].to(dtype) * parts["scale"])
+    for i in range(5):
+        assert keep_packed(trunk, f"blocks.{i}.ffn.0.weight", packed)
+    expected, before = trunk(*inputs()), state(trunk)
+    weights = Residency(trunk)
+    weights.ensure(0, ELSEWHERE)
+    with weights.attached(ELSEWHERE) as module:
+        assert torch.equal(module(*inputs()), expected)
+    assert_untouched(trunk, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_whatever_ends_a_run_leaves_nothing(trunk, error):
+    expected, before = trunk(*inputs()), state(trunk)
+    weights = Residency(trunk)
+    weights.ensure(0, ELSEWHERE)
+
+    def fail(*_):
+        raise error
+
+    with pytest.raises(error), weights.attached(ELSEWHERE) as module:
+        hook = trunk.blocks[2].cross_attn.register_forward_pre_hook(fail)
+        try:
+            module(*inputs())
+        finally:
+            hook.remove()
+    assert_untouched(trunk, before)
+    with weights.attached(ELSEWHERE) as module:
+        assert torch.equal(module(*inputs()), expected)
+
+
+@torch.no_grad()
+def test_a_block_that_cannot_be_read_is_no_block_that_was(trunk, monkeypatch):
+    """After a failed transfer the buffer must not pass for the block that should have come."""
+    expected = trunk(*inputs())
+    weights = Residency(trunk)
+    weights.ensure(0, ELSEWHERE)
+    unit = next(unit for unit in weights._units if unit.module is trunk.blocks[0])
+    plain, failures = unit.pack, [OSError("disk")]
+
+    def pack(buffer):
+        if failures:
+            raise failures.pop()
+        plain(buffer)
+
+    monkeypatch.setattr(unit, "pack", pack)
+    with weights.attached(ELSEWHERE) as module:
+        with pytest.raises(OSError, match="disk"):
+            module(*inputs())
+        assert torch.equal(module(*inputs()), expected)
+
+
+def checkpointed(module, *arguments):
+    return checkpoint(module, *arguments, use_reentrant=False)
+
+
+@pytest.mark.parametrize("around", [call, checkpointed])
+def test_gradients_are_exact(trunk, around):
+    """Buffers are written over, so that what autograd keeps must not lie in them."""
+    x, timestep, text = inputs()
+    before = state(trunk)
+
+    def gradient(module, device):
+        leaf = x.clone().requires_grad_()
+        weights = Residency(module)
+        weights.ensure(0, device)
+        with weights.attached(device):
+            module(leaf, timestep, text, run=Run(around=around)).square().sum().backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(trunk, ELSEWHERE), gradient(trunk, "cpu"))
+    assert_untouched(trunk, before)
