@@ -129,12 +129,18 @@ class TestRun:
         error = capsys.readouterr().err
         assert "Traceback" in error and "fake_nodes.py" in error and "a mistake in the code" in error
 
-
-    def test_an_output_folder_that_cannot_be_made_is_1(self, folder, capsys):
+    @pytest.mark.parametrize("output", ["taken", "taken/below"])
+    def test_an_output_folder_that_cannot_be_made_is_1_before_anything_runs(self, folder, output, capsys):
         (folder / "taken").touch()
-        assert main(["run", "workflow.json", "--output-dir", "taken"]) == 1
+        assert main(["run", "workflow.json", "--output-dir", output]) == 1
         error = capsys.readouterr().err
-        assert "cannot be made" in error and "Traceback" not in error
+        assert error.count("\n") == 1 and "taken is not a folder. Name another --output-dir." in error
+
+    def test_an_output_folder_that_cannot_be_written_is_1_before_anything_runs(self, folder, capsys, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # the tests may run as root
+        assert main(["run", "workflow.json"]) == 1
+        assert f"{folder} cannot be written. Name another --output-dir." in capsys.readouterr().err
+        assert not (folder / "output").exists()
 
     @pytest.mark.parametrize("option", ["--models-dir", "--input-dir"])
     def test_a_folder_to_read_that_is_not_there_is_2(self, option, capsys):

@@ -136,10 +136,14 @@ class TestHost:
         assert host.output_path("video/clip", ".webm").filename == "clip_00008_.webm"
         assert host.output_path("%year%/a", "mp4").subfolder == time.strftime("%Y")
 
-    @pytest.mark.parametrize("prefix", ["../a", "/tmp/a", "a/../../b", ""])
+    @pytest.mark.parametrize("prefix", ["../a", "/tmp/a", "a/../../b"])
     def test_results_stay_in_the_output_folder(self, prefix):
         with pytest.raises(InputError, match="leads out of"):
             host.output_path(prefix, "mp4")
+
+    def test_results_have_a_name(self, folders):
+        with pytest.raises(InputError, match="prefix is empty"):
+            host.output_path("", "mp4")
 
     def test_input_names_follow_comfyui(self, folders, monkeypatch):
         for place in ("input", "output"):

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ...wan_core.errors import WanError
+from ...wan_core.errors import FileError, WanError
 from ..host.standalone import Interrupted, host
 from .validate import WorkflowError, describe, nearest
 from .workflows import apply_settings, read_workflow
@@ -67,6 +67,14 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def check_writable(output: Path) -> None:
+    """Raises FileError if results cannot be saved in the folder: better now than after hours of sampling."""
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        problem = "cannot be written" if there.is_dir() else "is not a folder"
+        raise FileError(f"Results cannot be saved in {output}: {there} {problem}. Name another --output-dir.")
+
+
 def run_command(options: argparse.Namespace) -> int:
     host.models_dir = options.models_dir or host.models_dir
     host.input_directory = options.input_dir or host.input_directory
@@ -77,6 +85,7 @@ def run_command(options: argparse.Namespace) -> int:
 
     runner = all_nodes_runner()
     apply_settings(workflow, options.settings, runner.infos())
+    check_writable(host.output_directory)
     stop_on_interrupt()
     try:
         files = runner.run(workflow).files

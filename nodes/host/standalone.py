@@ -142,8 +142,10 @@ class StandaloneHost:
         """
         root = (self.temp_dir() if temporary else self.output_dir()).resolve()
         relative = Path(expand_time(prefix))
+        if not relative.name:
+            raise InputError("The file name prefix is empty. Enter a name, such as WanFlow/video.")
         folder = (root / relative.parent).resolve()
-        if not folder.is_relative_to(root) or not relative.name:
+        if not folder.is_relative_to(root):
             raise InputError(f"The file name prefix {prefix!r} leads out of the folder {root}. Use a name below it.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
