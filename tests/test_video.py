@@ -65,6 +65,13 @@ def test_colours_survive_a_flat_picture(tmp_path):
         assert (again - images).abs().max() < 3 / 255
 
 
+def test_levels_are_rounded(tmp_path):
+    """The reference cuts them, which makes every picture half a level darker."""
+    (path,) = save_video(torch.tensor([99.4, 99.6, 254.6]).expand(1, 16, 16, 3) / 255, tmp_path / "a.png")
+    with Image.open(path) as picture:
+        assert picture.getpixel((0, 0)) == (99, 100, 255)
+
+
 def test_mp4_is_h264_that_every_player_shows(tmp_path):
     save_video(clip(height=47, width=63), tmp_path / "a.mp4", frame_rate=16)
     description, _ = probe(tmp_path / "a.mp4")
