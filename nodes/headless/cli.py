@@ -13,6 +13,7 @@ from typing import Any
 
 from ...wan_core.errors import FileError, WanError
 from ..host.standalone import Interrupted, host
+from .models import add_models
 from .validate import WorkflowError, describe, nearest
 from .workflows import apply_settings, read_workflow
 
@@ -57,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="tell what a model file is")
     inspect.add_argument("files", nargs="+", help="a file, or all parts of one checkpoint")
     inspect.set_defaults(command=inspect_command)
+
+    add_models(commands)
     return top
 
 

@@ -22,8 +22,7 @@ def fetch(source: Source, folders: Iterable[Path] = ()) -> list[Path]:
     A pattern that ends with "/" (or is empty) means a folder, which is returned as it is.
     Raises FileError if they are not found and may not or cannot be downloaded.
     """
-    roots = [*map(Path, folders), LOCAL]
-    if found := _find(source, roots):
+    if found := find(source, folders):
         return found
     if os.environ.get(OFFLINE, "0") not in ("", "0"):
         raise FileError(
@@ -31,15 +30,16 @@ def fetch(source: Source, folders: Iterable[Path] = ()) -> list[Path]:
             f"{LOCAL / source.model_id}, or into the folder {source.model_id} of one of your model folders."
         )
     _download(source)
-    found = _find(source, [LOCAL])
+    found = find(source)
     if not found:
         raise FileError(f"ModelScope's {source.model_id} has no files '{source.pattern}'. Check the name and pattern.")
     return found
 
 
-def _find(source: Source, roots: Iterable[Path]) -> list[Path]:
+def find(source: Source, folders: Iterable[Path] = ()) -> list[Path]:
+    """The files of a source that are on this machine, in `folders` or ./models; empty unless all of them are."""
     name = source.model_id.split("/")[-1]
-    for root in roots:
+    for root in (*map(Path, folders), LOCAL):
         for folder in (root / source.model_id, root / name):
             if found := _matches(folder, source.pattern):
                 return found
