@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.fit import fit_clip, fit_pictures
-from comfyui_wanflow.wan_core.video import parse_size, read_video, save_video
+from comfyui_wanflow.wan_core.video import parse_size, read_graph, read_video, save_video
 from PIL import Image
 
 GRAPHS = {
@@ -104,6 +104,18 @@ def test_workflow_in_webp_and_png(tmp_path):
     assert [file.name for file in files] == ["b_00001_0000.png", "b_00001_0001.png", "b_00001_0002.png"]
     assert {name: json.loads(text) for name, text in Image.open(files[1]).text.items()} == GRAPHS
     assert Image.open(files[1]).getpixel((0, 0)) == (0, 0, 204)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "webp", "png"])
+def test_the_workflow_is_read_back(tmp_path, suffix):
+    (path, *_) = save_video(clip(), tmp_path / f"a.{suffix}", metadata=GRAPHS)
+    assert read_graph(path) == GRAPHS["prompt"]
+    (path, *_) = save_video(clip(), tmp_path / f"b.{suffix}")
+    assert read_graph(path) is None
+    path.write_bytes(b"no picture")
+    for odd in (path, tmp_path / f"missing.{suffix}"):
+        with pytest.raises(FileError, match="could not be read|There is no file"):
+            read_graph(odd)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])

@@ -101,6 +101,33 @@ def _frame(picture: np.ndarray, size: tuple[int, int] | None) -> Tensor:
     return fit_pictures(frame[None], *size)[0] if size else frame
 
 
+def read_graph(path: Path) -> dict[str, dict] | None:
+    """The workflow, in API format, that a video or picture was made by; None if it carries none."""
+    if not path.is_file():
+        raise FileError(f"There is no file {path}. Check the path.")
+    read = _picture_tags if path.suffix.lower() in (".png", ".webp") else _video_tags
+    try:
+        graph = json.loads(read(path).get("prompt", "null"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} could not be read. It may be damaged, or not a video or picture at all.") from error
+    return graph if isinstance(graph, dict) else None
+
+
+def _picture_tags(path: Path) -> dict[str, str]:
+    with Image.open(path) as image:
+        exif = (value.partition(":") for value in image.getexif().values() if isinstance(value, str))
+        return {name: value for name, _, value in exif} | getattr(image, "text", {})
+
+
+def _video_tags(path: Path) -> dict[str, str]:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        raise OSError(done.stderr.decode(errors="replace"))
+    tags = re.findall(r"(?ms)^(\w+)=((?:\\.|[^\\\n])*)", done.stdout.decode())
+    return {name.lower(): re.sub(r"(?s)\\(.)", r"\1", value) for name, value in tags}
+
+
 # ---------------------------------------------------------------- writing
 
 

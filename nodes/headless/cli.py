@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     nodes.add_argument("node", nargs="?", help="a node's name, such as WanFlowSampler")
     nodes.set_defaults(command=nodes_command)
 
-    inspect = commands.add_parser("inspect", help="tell what a model file is")
-    inspect.add_argument("files", nargs="+", help="a file, or all parts of one checkpoint")
+    inspect = commands.add_parser("inspect", help="tell what a model file is, or how a video was made")
+    inspect.add_argument("files", nargs="+", help="a checkpoint, all parts of one, a LoRA, or a video or picture")
     inspect.set_defaults(command=inspect_command)
 
     add_models(commands)
@@ -119,7 +119,12 @@ def nodes_command(options: argparse.Namespace) -> int:
 def inspect_command(options: argparse.Namespace) -> int:
     from ...wan_core.loading.checkpoint import open_checkpoint
     from ...wan_core.loading.identify import KINDS, identify
+    from ...wan_core.video import VIDEO_SUFFIXES, read_graph
 
+    path = Path(options.files[0])
+    if path.suffix.lower() in (*VIDEO_SUFFIXES, ".png"):
+        print("\n".join(graph_page(path, read_graph(path))))
+        return OK
     checkpoint = open_checkpoint(options.files)
     identity = identify(checkpoint.shapes)
     kind = KINDS.get(identity.kind)
@@ -150,6 +155,17 @@ def node_page(info: dict[str, Any]) -> list[str]:
             mark = "" if group == "required" else ", optional"
             lines.append(f"  {name}: {describe(spec)}{default}{mark}. {spec[1].get('tooltip', '')}".rstrip())
     lines += [f"  -> {name}: {kind}" for name, kind in zip(info["output_name"], info["output"], strict=True)]
+    return lines
+
+
+def graph_page(path: Path, graph: dict[str, dict] | None) -> list[str]:
+    """The workflow that a video carries, a line a node, with the values that were entered."""
+    if graph is None:
+        return [f"{path} carries no workflow."]
+    lines = [f"{path} was made by this workflow:"]
+    for node in graph.values():
+        values = (f"{name} {value!r}" for name, value in node["inputs"].items() if not isinstance(value, list))
+        lines.append(f"  {node['class_type']}: {', '.join(values)}".rstrip(": "))
     return lines
 
 
