@@ -8,7 +8,7 @@ from ..wan_core.loading import catalog
 from ..wan_core.loading.load import WEIGHT_DTYPES, load_image_encoder, load_model, load_text_encoder, load_vae
 from ..wan_core.models.attention import BACKENDS
 from .host import host, io
-from .wires import WanImageEncoder, WanModel, WanTextEncoder, WanVAE
+from .wires import WanImageEncoder, WanModel, WanOffload, WanTextEncoder, WanVAE
 
 WEIGHT_DTYPE_TOOLTIP = "How the weights are kept in memory. auto keeps the file's own type."
 FILES_TOOLTIP = (
@@ -38,6 +38,10 @@ def files_input() -> io.String.Input:
     return io.String.Input("files", optional=True, default="", multiline=True, tooltip=FILES_TOOLTIP)
 
 
+def offload_input() -> io.Custom.Input:
+    return WanOffload.Input("offload", optional=True, tooltip="From Wan Offload: limits on memory. Without: automatic.")
+
+
 def dtype_input() -> io.Combo.Input:
     return io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="auto", tooltip=WEIGHT_DTYPE_TOOLTIP)
 
@@ -65,14 +69,16 @@ class LoadModel(io.ComfyNode):
                     tooltip="How attention is computed. auto takes the fastest one that works on this machine.",
                 ),
                 files_input(),
+                offload_input(),
             ],
             outputs=[WanModel.Output(display_name="model", tooltip="For Wan Sampler.")],
         )
 
     @classmethod
-    def execute(cls, model, weight_dtype, attention, files=""):
+    def execute(cls, model, weight_dtype, attention, files="", offload=None):
         source = chosen("diffusion_models", model, files)
-        return io.NodeOutput(load_model(source, weight_dtype, attention, **place("diffusion_models")))
+        options = {"offload": offload, **place("diffusion_models")}
+        return io.NodeOutput(load_model(source, weight_dtype, attention, **options))
 
 
 class LoadTextEncoder(io.ComfyNode):
@@ -93,14 +99,15 @@ class LoadTextEncoder(io.ComfyNode):
                 ),
                 dtype_input(),
                 files_input(),
+                offload_input(),
             ],
             outputs=[WanTextEncoder.Output(display_name="text_encoder", tooltip="For Wan Prompt.")],
         )
 
     @classmethod
-    def execute(cls, text_encoder, weight_dtype, files=""):
+    def execute(cls, text_encoder, weight_dtype, files="", offload=None):
         source = chosen("text_encoders", text_encoder, files)
-        return io.NodeOutput(load_text_encoder(source, weight_dtype, **place("text_encoders")))
+        return io.NodeOutput(load_text_encoder(source, weight_dtype, offload=offload, **place("text_encoders")))
 
 
 class LoadVAE(io.ComfyNode):

@@ -20,6 +20,7 @@ WanImageEncoder = io.Custom("WAN_IMAGE_ENCODER")
 WanVAE = io.Custom("WAN_VAE")
 WanConditions = io.Custom("WAN_CONDITIONS")
 WanLora = io.Custom("WAN_LORA")
+WanOffload = io.Custom("WAN_OFFLOAD")
 
 
 def latent_samples(latent: dict[str, Any], name: str = "latent") -> Tensor:

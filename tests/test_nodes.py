@@ -18,8 +18,8 @@ INFOS = {name: node.GET_NODE_INFO_V1() for name, node in NODES.items()}
 
 # id -> required inputs, optional inputs, output names. Saved workflows store widget values by position: append only.
 RELEASED = {
-    "WanFlowLoadModel": ("model weight_dtype attention", "files", "model"),
-    "WanFlowLoadTextEncoder": ("text_encoder weight_dtype", "files", "text_encoder"),
+    "WanFlowLoadModel": ("model weight_dtype attention", "files offload", "model"),
+    "WanFlowLoadTextEncoder": ("text_encoder weight_dtype", "files offload", "text_encoder"),
     "WanFlowLoadVAE": ("vae weight_dtype", "files", "vae"),
     "WanFlowLoadImageEncoder": ("image_encoder weight_dtype", "files", "image_encoder"),
     "WanFlowImageToVideo": ("vae latent fit", "start_image end_image image_encoder conditions", "conditions"),
@@ -33,6 +33,7 @@ RELEASED = {
     ),
     "WanFlowAddModule": ("model module", "files", "model"),
     "WanFlowApplyLora": ("model lora_name strength", "lora", "model report"),
+    "WanFlowOffload": ("rest_on rest_dtype vram_limit_gb vram_buffer_gb num_persistent_params", "", "offload"),
     "WanFlowMotionSpeed": ("motion_bucket_id", "conditions", "conditions"),
     "WanFlowEmptyLatent": ("width height num_frames batch_size", "", "latent"),
     "WanFlowTextEncode": ("text_encoder text", "", "conditioning report"),

@@ -5,18 +5,26 @@ and the pinned memory of CUDA are not tested by this file.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_wanflow.nodes.host.standalone import StandaloneHost
+from comfyui_wanflow.nodes.load import LoadModel
+from comfyui_wanflow.nodes.offload import OffloadOptions
+from comfyui_wanflow.wan_core import compute
+from comfyui_wanflow.wan_core.errors import InputError
 from comfyui_wanflow.wan_core.lora import Lora
 from comfyui_wanflow.wan_core.model import WanModel
 from comfyui_wanflow.wan_core.models.changes import Decomposed, LowRank
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run, call
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.packed import Packed, keep_packed
+from comfyui_wanflow.wan_core.offload.options import Offload
 from comfyui_wanflow.wan_core.offload.policy import DEPTH, plan, priority
 from comfyui_wanflow.wan_core.offload.residency import Residency
 from comfyui_wanflow.wan_core.offload.streaming import Conveyor
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -282,3 +290,81 @@ def test_gradients_are_exact(trunk, around):
 
     assert torch.equal(gradient(trunk, ELSEWHERE), gradient(trunk, "cpu"))
     assert_untouched(trunk, before)
+
+
+class TestLimits:
+    MEMORY = (1000, 700)  # total, free
+
+    @pytest.mark.parametrize(
+        "options, memory, expected",
+        [
+            (Offload(vram_buffer=50), None, None),
+            (Offload(vram_buffer=50), MEMORY, 1000 - 50 - (300 - 40) - 10),
+            (Offload(vram_limit=600, vram_buffer=50), MEMORY, 600 - 50 - (300 - 40) - 10),
+            (Offload(vram_limit=5000, vram_buffer=0), MEMORY, 1000 - (300 - 40) - 10),
+            (Offload(vram_limit=600, vram_buffer=0), None, 590),
+        ],
+    )
+    def test_budget(self, options, memory, expected):
+        assert options.budget(room=10, held=40, memory=memory) == expected
+
+    def test_the_limit_holds_whatever_the_host_offers(self, trunk):
+        model = model_of(trunk)
+        total = model.total_bytes()
+        model.ensure()
+        model.limit(Offload(vram_limit=total - 1, vram_buffer=0), 0, None)
+        for budget in (None, total, 10**12):
+            model.ensure(budget)
+            assert 0 < model.resident_bytes() <= total - 1 - 2 * Residency(trunk)._units[-3].bytes
+        model.limit(Offload(), 0, None)
+        assert model.ensure() == total
+
+    def test_persistent_parameters(self, trunk):
+        model = model_of(trunk)
+        for count in (0, 200_000, 10**12):
+            model.limit(Offload(persistent=count, vram_limit=1), 0, None)
+            model.ensure()
+            assert model.resident_bytes() <= 4 * count and bool(model.resident_bytes()) == bool(count)
+        assert model.resident_bytes() == model.total_bytes()
+
+    def test_options_are_checked(self):
+        for wrong in ({"rest_on": "gpu"}, {"rest_dtype": "fp8"}):
+            with pytest.raises(InputError, match="Choose one of"):
+                Offload(**wrong)
+        assert Offload("cpu", "bf16").weight_dtype("auto") == "bf16"
+        assert Offload("cpu").weight_dtype("fp16") == "fp16"
+        assert Offload("disk").weight_dtype("auto") == "auto"
+        with pytest.raises(InputError, match="rest_on to cpu"):
+            Offload("disk").weight_dtype("bf16")
+
+    def test_alone_on_a_card_the_next_engine_gets_the_room(self, trunk, monkeypatch):
+        """The host drops what an earlier phase kept, and limits what does not fit even then."""
+        engines = model_of(random_trunk()), model_of(trunk)
+        first, second = (replace(engine, offload=Offload(vram_buffer=0)) for engine in engines)
+        total = first.total_bytes()
+
+        def memory(device):
+            return total + total // 2, total + total // 2 - first.resident_bytes() - second.resident_bytes()
+
+        host = StandaloneHost()
+        monkeypatch.setattr(host, "device", lambda: ELSEWHERE)
+        monkeypatch.setattr(compute, "device_memory", memory)
+        with host.attached(first):
+            assert first.resident_bytes() == total
+        with host.attached(second, memory_required=total):
+            assert first.resident_bytes() == 0
+            assert second.resident_bytes() < total // 2
+
+
+def test_the_node_limits_what_the_loader_loads(tmp_path):
+    (options,) = OffloadOptions.execute("cpu", "bf16", 12.0, 0.5, -1).args
+    assert options == Offload("cpu", "bf16", 12 * 2**30, 2**29, None)
+    assert OffloadOptions.execute("disk", "auto", 0.0, 0.0, 0).args[0] == Offload("disk", "auto", None, 0, 0)
+    file = tmp_path / "model.safetensors"
+    save_file(random_trunk().state_dict(), file)
+    (model,) = LoadModel.execute("", "auto", "auto", files=str(file), offload=options).args
+    assert model.offload is options and model.residency.rest_on == "cpu"
+    assert model.trunk.blocks[0].ffn[0].weight.dtype == torch.bfloat16
+    (model,) = LoadModel.execute("", "auto", "auto", files=str(file)).args
+    assert model.offload is None and model.residency.rest_on == "disk"
+    assert model.trunk.blocks[0].ffn[0].weight.dtype == torch.float32

@@ -112,3 +112,11 @@ def write_json(path: Path, content: dict[str, float]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content))
         temporary.replace(path)
+
+
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """(total, free) bytes of a CUDA device, what torch keeps for later counted as free; None for others."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -26,6 +26,7 @@ from .models.text_encoder import UMT5Encoder
 from .models.tokenizer import MAX_TOKENS, Tokenizer, Tokens
 from .models.vace import VACE
 from .models.vae import VideoVAE
+from .offload.options import Offload
 from .offload.residency import Residency
 
 PARTS = {"vace": "VACE module", "motion_controller": "motion speed controller"}
@@ -40,6 +41,7 @@ class Engine:
     device: torch.device
     compute_dtype: torch.dtype
     residency: Residency
+    offload: Offload | None = None
 
     @property
     def weights(self) -> tuple[Residency, ...]:
@@ -60,6 +62,23 @@ class Engine:
         for weights in self.weights:
             kept += weights.ensure(None if budget is None else budget - kept, device or self.device)
         return kept
+
+    def limit(self, offload: Offload, room: int, memory: tuple[int, int] | None) -> None:
+        """Let no more weights stay on the compute device than the options allow, beside `room` bytes of other tensors.
+
+        memory: (total, free) bytes of the device, None where that is unknown.
+        """
+        budget, parameters = offload.budget(room, self.resident_bytes(), memory), offload.persistent
+        for weights in self.weights:
+            if parameters is None:
+                taken = weights.limit_to(budget)
+                budget = None if budget is None else budget - taken
+            else:
+                parameters -= weights.keep_parameters(parameters)
+
+    def passing_bytes(self) -> int:
+        """Bytes on the compute device of weights in passing, where not all can stay."""
+        return sum(weights.passing_bytes() for weights in self.weights)
 
     def release(self, amount: int | None = None) -> int:
         """Drop at least `amount` bytes from the compute device (None: all); returns the bytes freed."""
@@ -112,7 +131,7 @@ class WanModel(Engine):
                 f"{size_name(self.layout.dim)} and {self.layout.layers} layers. Take the one for this size of model."
             )
         parts = {"vace": self.module.vace, "motion_controller": self.module.motion_controller, name: part}
-        residency = Residency(part, self.compute_dtype)
+        residency = Residency(part, self.compute_dtype, self.residency.rest_on)
         return replace(self, module=Network(self.trunk, **parts), beside={**self.beside, name: residency})
 
     def with_lora(self, lora: Lora, strength: float = 1.0) -> WanModel:
@@ -178,6 +197,9 @@ class WanVAE(Engine):
         """As for every engine, but always with all weights on the device: they are few, and convolutions reuse them."""
         self.ensure(None, device)
         return super().attached(device)
+
+    def limit(self, offload: Offload, room: int, memory: tuple[int, int] | None) -> None:
+        """Nothing: see `attached`."""
 
     def encode(self, pixels: Tensor, **tiling) -> Tensor:
         """(b, 3, 4n+1, 8h, 8w) in -1..1 -> (b, 16, n+1, h, w). Tiling: tiled, tile_size, tile_stride, as the VAE's."""

@@ -20,6 +20,7 @@ import torch
 from comfy.cli_args import args
 from comfy_api.latest import ComfyExtension, io
 
+from ...wan_core.compute import device_memory
 from ...wan_core.errors import FileError, InputError
 from ...wan_core.model import Engine
 from .patcher import patchers_of
@@ -137,7 +138,10 @@ class ComfyHost:
     @contextmanager
     def attached(self, engine: Engine, memory_required: int = 0) -> Iterator[torch.nn.Module]:
         """As the stand-in's, after ComfyUI has made room for the engine and `memory_required` bytes of work space."""
-        comfy.model_management.load_models_gpu(patchers_of(engine), memory_required=memory_required)
+        if engine.offload:
+            engine.limit(engine.offload, memory_required, device_memory(engine.device))
+        room = memory_required + engine.passing_bytes()
+        comfy.model_management.load_models_gpu(patchers_of(engine), memory_required=room)
         with engine.attached() as module:
             yield module
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from ...wan_core.errors import FileError, InputError
 
@@ -80,6 +81,7 @@ class StandaloneHost:
         self.output_directory = base / "output"
         self.quiet = False
         self.interrupted = False
+        self.used = WeakSet()  # weights of which copies may lie on the compute device
 
     # Model files
 
@@ -196,10 +198,26 @@ class StandaloneHost:
     def attached(self, engine: Any, memory_required: int = 0) -> Iterator[Any]:
         """The engine's module on the compute device for the length of a run.
 
-        `memory_required` bytes of work space are asked of ComfyUI; alone on the machine there is nobody to ask.
+        On a graphics card as many weights stay as fit beside `memory_required` bytes of work space.
         """
+        self.make_room(engine, memory_required)
         with engine.attached(self.device()) as module:
             yield module
+
+    def make_room(self, engine: Any, memory_required: int) -> None:
+        """Drop the copies of other engines' weights where they are in the way, and limit this one's."""
+        from ...wan_core.compute import device_memory
+        from ...wan_core.offload.options import Offload
+
+        memory = device_memory(self.device())
+        if memory is None:
+            return
+        options = engine.offload or Offload()
+        if options.budget(memory_required, engine.resident_bytes(), memory) < engine.total_bytes():
+            for weights in set(self.used) - set(engine.weights):
+                weights.release()
+        engine.limit(options, memory_required, device_memory(self.device()))
+        self.used.update(engine.weights)
 
 
 def expand_time(prefix: str) -> str:

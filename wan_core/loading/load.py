@@ -26,6 +26,7 @@ from ..models.text_encoder import UMT5Encoder, UMT5Layout
 from ..models.tokenizer import PieceVocabulary, Tokenizer
 from ..models.vace import VACE, VACELayout
 from ..models.vae import VideoVAE
+from ..offload.options import Offload
 from ..offload.residency import Residency
 from ..offload.units import is_matrix
 from . import catalog
@@ -49,20 +50,23 @@ def load_model(
     attention: str = "auto",
     device: torch.device | str | None = None,
     folders: Iterable[Path] = (),
+    offload: Offload | None = None,
 ) -> WanModel:
     """Load a diffusion model.
 
     source: a path, a list of parts (or a text with one a line), a folder, a catalogued name, or "model_id:pattern".
     folders: where to look for published models before any download.
+    offload: where the weights rest, and how much of the compute device they may take.
     Raises FileError or InputError in words for everything that can be wrong.
     """
     backend = check_backend(attention)
+    weight_dtype = offload.weight_dtype(weight_dtype) if offload else weight_dtype
     checkpoint = _open(source, "dit", folders)
     layout = DiTLayout.from_shapes(checkpoint.shapes)
     trunk = build(lambda: DiT(layout), checkpoint.part(lambda name: not name.startswith(VACE_PREFIX)), weight_dtype)
     row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
     extras = {"preset": row.preset} if row else {}
-    engine = _engine(trunk, source, checkpoint, device) | {"module": Network(trunk)}
+    engine = _engine(trunk, source, checkpoint, device, offload=offload) | {"module": Network(trunk)}
     model = WanModel(layout=layout, attention=backend, **extras, **engine)
     if vace := _vace(checkpoint, weight_dtype):
         model = model.with_module(vace)
@@ -99,8 +103,10 @@ def load_text_encoder(
     weight_dtype: str = "auto",
     device: torch.device | str | None = None,
     folders: Iterable[Path] = (),
+    offload: Offload | None = None,
 ) -> WanTextEncoder:
     """Load a text encoder with its tokenizer; arguments and errors as for `load_model`."""
+    weight_dtype = offload.weight_dtype(weight_dtype) if offload else weight_dtype
     checkpoint = _open(source, "text_encoder", folders)
     if EMBEDDED_TOKENIZER in checkpoint.shapes:
         pieces = bytes(checkpoint.tensor(EMBEDDED_TOKENIZER).tolist())
@@ -109,7 +115,7 @@ def load_text_encoder(
         tokenizer = Tokenizer.open(tokenizer_folder(source, checkpoint.files, folders))
     layout = UMT5Layout.from_shapes(checkpoint.shapes)
     module = build(lambda: UMT5Encoder(layout), checkpoint, weight_dtype)
-    return WanTextEncoder(tokenizer=tokenizer, **_engine(module, source, checkpoint, device))
+    return WanTextEncoder(tokenizer=tokenizer, **_engine(module, source, checkpoint, device, offload=offload))
 
 
 def load_vae(
@@ -179,6 +185,7 @@ def _engine(
     checkpoint: Checkpoint,
     device: torch.device | str | None,
     dtype: torch.dtype | None = None,
+    offload: Offload | None = None,
 ) -> dict:
     """The fields that all engines share; dtype computes, None for what the device is fast in."""
     target = torch.device(device) if device is not None else default_device()
@@ -189,7 +196,8 @@ def _engine(
         "name": source if named else checkpoint.files[0].stem,
         "device": target,
         "compute_dtype": dtype,
-        "residency": Residency(module, dtype),
+        "residency": Residency(module, dtype, offload.rest_on if offload else "disk"),
+        "offload": offload,
     }
 
 

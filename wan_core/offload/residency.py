@@ -32,6 +32,7 @@ class Residency:
         self.module = module
         self.rest_on = rest_on
         self.device: torch.device | None = None  # of the copies
+        self.most: int | None = None  # bytes of copies that may stay, whatever a host offers; None: any number
         self._running_on: torch.device | None = None
         self._units = find_units(module, compute_dtype)
         self._rest = next((place.stored.device for unit in self._units for place in unit.places), torch.device("cpu"))
@@ -53,6 +54,27 @@ class Residency:
         sizes, blocks = self._sizes()
         return plan(sizes, budget, blocks)
 
+    def limit_to(self, budget: int | None) -> int:
+        """From now on let the weights take at most `budget` bytes, those in passing included; returns what they take.
+
+        None takes the limit away.
+        """
+        planned = self.plan(budget)
+        self._keep(None if budget is None else planned.resident_bytes)
+        return planned.peak(room=0)
+
+    def keep_parameters(self, count: int) -> int:
+        """From now on let units of at most `count` parameters stay; returns how many those have."""
+        counts = [unit.parameter_count for unit in self._units]
+        stay = residents(counts, count, self._sizes()[1])
+        self._keep(sum(self._units[number].bytes for number in stay))
+        return sum(counts[number] for number in stay)
+
+    def _keep(self, most: int | None) -> None:
+        self.most = most
+        if most is not None and self.resident_bytes() > most:
+            self.release(self.resident_bytes() - most)
+
     def ensure(self, budget: int | None = None, device: torch.device | str | None = None) -> int:
         """Hold copies of up to `budget` bytes (None: of all) on `device`, by priority; returns the bytes held.
 
@@ -67,7 +89,8 @@ class Residency:
         if target != self.device:
             self.release()
             self.device = target
-        stay = {self._units[number] for number in self._staying(self.total_bytes() if budget is None else budget)}
+        room = min(bytes for bytes in (budget, self.most, self.total_bytes()) if bytes is not None)
+        stay = {self._units[number] for number in self._staying(room)}
         for unit in self._units:
             if unit not in stay:
                 unit.copies = None
