@@ -14,6 +14,7 @@ from typing import Any
 from ...wan_core.errors import FileError, WanError
 from ..host.standalone import Interrupted, host
 from .models import add_models
+from .train import add_train, train
 from .validate import WorkflowError, describe, nearest
 from .workflows import apply_settings, read_workflow
 
@@ -57,9 +58,11 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="tell what a model file is, or how a video was made")
     inspect.add_argument("files", nargs="+", help="a checkpoint, all parts of one, a LoRA, or a video or picture")
-    inspect.set_defaults(command=inspect_command)
 
     add_models(commands)
+    inspect.set_defaults(command=inspect_command)
+
+    add_train(commands).set_defaults(command=train_command)
     return top
 
 
@@ -134,6 +137,13 @@ def inspect_command(options: argparse.Namespace) -> int:
     print(f"{len(checkpoint.shapes)} tensors, {numbers / 1e6:,.1f} million numbers, {', '.join(types)}.")
     if kind:
         print(f"Load it with '{kind.node}'." if kind.node else "This version of WanFlow cannot use it yet.")
+    return OK
+
+
+def train_command(options: argparse.Namespace) -> int:
+    stop_on_interrupt()
+    for path in train(options):
+        print(path, flush=True)
     return OK
 
 
