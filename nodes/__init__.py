@@ -7,9 +7,9 @@ import logging
 
 def node_classes() -> list[type]:
     """Every node class, in menu order."""
-    from . import camera, condition, load, lora, modules, offload, sample, text, vace, vae, video
+    from . import camera, condition, load, lora, modules, offload, sample, speed_up, text, vace, vae, video
 
-    menus = (load, text, condition, camera, vace, modules, lora, offload, sample, vae, video)
+    menus = (load, text, condition, camera, vace, modules, lora, offload, speed_up, sample, vae, video)
     return [node for menu in menus for node in menu.NODES]
 
 

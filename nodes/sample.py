@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..wan_core.room import sampling_room
-from ..wan_core.sampling.loop import Settings, sample
+from ..wan_core.sampling.loop import Settings, sample, working_room
 from ..wan_core.sampling.schedules import SOLVERS
 from ..wan_core.size import latent_shape, snap_size
 from .host import host, io
@@ -138,11 +137,8 @@ class Sampler(io.ComfyNode):
         def on_step(step, steps, denoised):
             progress.update(step + 1, denoised)
 
-        branches = 2 if cfg_merge and negative_text is not None else 1
-        vace = model.module.vace is not None
-        room = sampling_room(model.layout, samples.shape, branches, model.compute_dtype, vace)
-        with host.attached(model, room):
-            result = sample(model, text, negative_text, samples, settings, conditions, on_step)
+        with host.attached(model, working_room(model, samples.shape, settings)):
+            result = sample(model, text, negative_text, samples, settings, conditions, on_step, host.say)
         return io.NodeOutput({"samples": result.to(host.intermediate_device())})
 
 

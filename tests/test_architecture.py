@@ -17,6 +17,7 @@ TOWER = (
     ("size", "compute", "fit", "saving", "trajectory", "offload", "loading.catalog", "loading.keymaps"),
     ("models", "video", "viewfinder"),
     ("adapters", "lora", "room"),
+    ("sampling.teacache", "sampling.windows"),
     ("model",),
     ("loading", "sampling"),
     ("training",),

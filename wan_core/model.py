@@ -18,6 +18,7 @@ from .errors import ModelError
 from .loading.catalog import Preset
 from .lora import Lora, Loras, fit, worked_in
 from .models.attention import check_backend
+from .models.compiled import Compile, compiled
 from .models.dit import DiT, DiTLayout, size_name
 from .models.embedders import MotionController
 from .models.image_encoder import ImageEncoder
@@ -28,6 +29,8 @@ from .models.vace import VACE
 from .models.vae import VideoVAE
 from .offload.options import Offload
 from .offload.residency import Residency
+from .sampling.teacache import TeaCache
+from .sampling.windows import Windows
 
 PARTS = {"vace": "VACE module", "motion_controller": "motion speed controller"}
 
@@ -109,6 +112,9 @@ class WanModel(Engine):
     preset: Preset = field(default_factory=Preset)
     beside: Mapping[str, Residency] = field(default_factory=dict)
     loras: Loras = ()
+    cache: TeaCache | None = None
+    windows: Windows | None = None
+    compile: Compile | None = None
 
     @property
     def trunk(self) -> DiT:
@@ -149,13 +155,25 @@ class WanModel(Engine):
 
     @contextmanager
     def attached(self, device: torch.device | str | None = None) -> Iterator[Network]:
-        """As for every engine, with the LoRAs worked in."""
-        with super().attached(device) as network, worked_in(network, self.loras):
+        """As for every engine, with the LoRAs worked in, and compiled where that is wanted."""
+        with super().attached(device) as network, worked_in(network, self.loras), compiled(network, self.compile):
             yield network
 
     def with_attention(self, backend: str) -> WanModel:
         """The same weights, attending by another backend. Raises InputError where it cannot be used."""
         return replace(self, attention=check_backend(backend))
+
+    def with_cache(self, cache: TeaCache | None) -> WanModel:
+        """The same weights, left out in some steps. None: in none."""
+        return replace(self, cache=cache and cache.chosen_for(self.layout, self.preset.width))
+
+    def with_windows(self, windows: Windows | None) -> WanModel:
+        """The same weights, looking at one window of a video at a time. None: at all of it."""
+        return replace(self, windows=windows)
+
+    def with_compile(self, settings: Compile | None) -> WanModel:
+        """The same weights, compiled while they run. None: as they are."""
+        return replace(self, compile=settings)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -21,10 +21,14 @@ def sampling_room(
     A block holds eight tensors as wide as the tokens, and VACE two beside them. Before the first block the timestep's
     projection, 6 dim^2 weights, is widened to fp32.
     """
-    rows, _, frames, height, width = latent
-    tokens = branches * rows * frames * height * width // (PATCH[1] * PATCH[2])
-    blocks = (11 if vace else 9) * tokens * layout.dim * dtype.itemsize
+    blocks = (11 if vace else 9) * branches * tokens_room(layout, latent, dtype)
     return max(blocks, 7 * layout.dim**2 * torch.float32.itemsize)
+
+
+def tokens_room(layout: DiTLayout, latent: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of one tensor of the tokens of latents (b, 16, T, h, w)."""
+    rows, _, frames, height, width = latent
+    return rows * frames * height * width // (PATCH[1] * PATCH[2]) * layout.dim * dtype.itemsize
 
 
 def decoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype) -> int:

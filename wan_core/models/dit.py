@@ -427,8 +427,8 @@ class DiT(nn.Module):
         self.check(slots)
         dtype = run.compute_dtype
 
-        time = self.time_embedding(sinusoid(timestep, self.layout.frequency_dim))  # (b, dim)
-        modulation = add(self.time_projection(time).unflatten(1, (6, -1)), slots.time_add)
+        time, modulation = self.embed_time(timestep)
+        modulation = add(modulation, slots.time_add)
 
         rows, text_bias = pad_text(text)
         x = torch.cat([x, *(slots.concat[name] for name in CONCAT[self.layout.in_dim])], dim=1).to(dtype)
@@ -448,6 +448,11 @@ class DiT(nn.Module):
         x = self.head(x, time).unflatten(1, grid)
         references = 0 if slots.prefix_tokens is None else slots.prefix_tokens.shape[2]
         return unpatchify(x[:, references:]).float()
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps (b,) -> embeddings (b, dim) for the head, and the blocks' modulation (b, 6, dim)."""
+        time = self.time_embedding(sinusoid(timestep, self.layout.frequency_dim))
+        return time, self.time_projection(time).unflatten(1, (6, -1))
 
     def check(self, slots: Slots) -> None:
         """A `ModelError` where this model needs an input that is not there, or does not know one that is."""

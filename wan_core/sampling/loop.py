@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..adapters.injection import Canvas, Condition, inject
+from ..adapters.injection import Canvas, Condition, Injection, inject
 from ..errors import InputError, ModelError
 from ..model import WanModel
 from ..models.dit import LATENT_CHANNELS, Run
 from ..models.vae import normalised, unnormalised
+from ..room import sampling_room, tokens_room
 from .schedules import SOLVERS, noise_levels
+from .teacache import Residuals
+from .windows import Sliding
 
 HIGHEST_SEED = 2**64 - 1
 
@@ -70,12 +73,13 @@ def sample(
     settings: Settings,
     conditions: Sequence[Condition] = (),
     on_step: OnStep | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Tensor:
     """Make videos: raw latents (b, 16, T, h, w) in, raw latents of the same shape out, fp32, on the same device.
 
     positive, negative: embedded prompts (b or 1, L, text width), zero after their real length; the negative may be
     None where cfg is 1. latent: its shape is the canvas; all zero means empty, else it is the video to change.
-    An exception of `on_step` ends the run and passes through.
+    An exception of `on_step` ends the run and passes through. `say` hears in a sentence what a cache leaves out.
     """
     device = model.device
     check_latent(latent, settings)
@@ -85,8 +89,19 @@ def sample(
         canvas = Canvas(latent.shape[0], *latent.shape[2:], dtype=model.compute_dtype, device=device)
         injection = inject(conditions, network, canvas)
 
-        def predict(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-            return network.trunk(x, timestep, text, injection, run)
+        sliding = Sliding(model.windows, injection, canvas.frames)
+        residuals = None
+        if model.cache is not None:
+            timesteps = torch.tensor([1000 * sigma for sigma in settings.levels()[:-1]], device=device)
+            skipped = model.cache.plan(network.trunk, timesteps, injection.time_add)
+            residuals = Residuals(skipped, model.cache.device)
+
+        def predict(x: Tensor, timestep: Tensor, text: Tensor, step: int, branch: int) -> Tensor:
+            def look(x: Tensor, injection: Injection, window: int) -> Tensor:
+                here = run if residuals is None else replace(run, body=residuals.body(step, (branch, window)))
+                return network.trunk(x, timestep, text, injection, here)
+
+            return sliding(look, x)
 
         def report(i: int, clean: Tensor) -> None:
             if on_step is not None:
@@ -94,7 +109,23 @@ def sample(
 
         x = beginning(latent.to(device, torch.float32), injection.prefix_frames, settings)
         x = denoise(x, guided(predict, texts, settings), settings, report)
+        if residuals is not None and say is not None:
+            say(model.cache.report(residuals.skipped))
     return unnormalised(x[:, :, injection.prefix :]).to(latent.device)
+
+
+def working_room(model: WanModel, shape: Sequence[int], settings: Settings) -> int:
+    """Bytes that a run on latents (b, 16, T, h, w) needs beside the weights."""
+    texts = 1 if settings.cfg == 1 else 2
+    rows, channels, frames, *size = shape
+    spans = model.windows.spans(frames) if model.windows else [(0, frames)]
+    longest = rows, channels, max(stop - start for start, stop in spans), *size
+    branches, vace = texts if settings.cfg_merge else 1, model.module.vace is not None
+    room = sampling_room(model.layout, longest, branches, model.compute_dtype, vace)
+    if model.cache is None or model.cache.device == "cpu":
+        return room
+    kept = rows, channels, sum(stop - start for start, stop in spans), *size
+    return room + texts * tokens_room(model.layout, kept, model.compute_dtype)
 
 
 def beginning(latent: Tensor, prefix: Tensor | None, settings: Settings) -> Tensor:
@@ -113,11 +144,11 @@ def beginning(latent: Tensor, prefix: Tensor | None, settings: Settings) -> Tens
 
 
 def denoise(x: Tensor, velocity: Callable, settings: Settings, report: Callable[[int, Tensor], None]) -> Tensor:
-    """Walk x down the noise levels along velocity(x, timestep); `report` gets the clean video seen in every step."""
+    """Walk x down the noise levels along velocity(x, timestep, step); `report` gets the clean video seen each step."""
     sigmas = settings.levels()
     solver = SOLVERS[settings.scheduler](sigmas)
     for i in range(settings.steps):
-        v = velocity(x, torch.tensor([1000 * sigmas[i]], device=x.device))
+        v = velocity(x, torch.tensor([1000 * sigmas[i]], device=x.device), i)
         if not v.isfinite().all():
             raise ModelError(
                 f"In step {i + 1} of {settings.steps} the model's answer held values that are not numbers. "
@@ -128,26 +159,27 @@ def denoise(x: Tensor, velocity: Callable, settings: Settings, report: Callable[
     return x
 
 
-def guided(predict: Callable, texts: list[Tensor], settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:
-    """velocity(x, timestep) under classifier-free guidance: away from the negative prompt, towards the positive.
+def guided(predict: Callable, texts: list[Tensor], settings: Settings) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """velocity(x, timestep, step) under classifier-free guidance: away from the negative prompt, to the positive.
 
+    predict(x, timestep, text, step, branch) is called for each prompt, or once for both as one batch.
     Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598.
     """
     if len(texts) == 1:
-        return lambda x, timestep: predict(x, timestep, texts[0])
+        return lambda x, timestep, step: predict(x, timestep, texts[0], step, 0)
 
-    def one_after_the_other(x: Tensor, timestep: Tensor) -> list[Tensor]:
-        return [predict(x, timestep, text) for text in texts]
+    def one_after_the_other(x: Tensor, timestep: Tensor, step: int) -> list[Tensor]:
+        return [predict(x, timestep, text, step, branch) for branch, text in enumerate(texts)]
 
-    def as_one_batch(x: Tensor, timestep: Tensor) -> list[Tensor]:
+    def as_one_batch(x: Tensor, timestep: Tensor, step: int) -> list[Tensor]:
         length = max(text.shape[1] for text in texts)  # zero rows are what follows a shorter text anyway
         both = torch.cat([F.pad(text, (0, 0, 0, length - text.shape[1])) for text in texts])
-        return list(predict(x.repeat(2, 1, 1, 1, 1), timestep, both).chunk(2))
+        return list(predict(x.repeat(2, 1, 1, 1, 1), timestep, both, step, 0).chunk(2))
 
     branches = as_one_batch if settings.cfg_merge else one_after_the_other
 
-    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-        positive, negative = branches(x, timestep)
+    def velocity(x: Tensor, timestep: Tensor, step: int) -> Tensor:
+        positive, negative = branches(x, timestep, step)
         return negative + settings.cfg * (positive - negative)
 
     return velocity

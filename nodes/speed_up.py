@@ -1,0 +1,143 @@
+"""Menu WanFlow/speed: ways to run a model faster, or on longer videos, set once for the model."""
+
+from __future__ import annotations
+
+from ..wan_core.models.compiled import MODES, Compile
+from ..wan_core.sampling.teacache import AUTO, COEFFICIENTS, METHODS, TeaCache
+from ..wan_core.sampling.windows import Windows
+from .host import io
+from .wires import WanModel
+
+
+def model_input() -> io.Input:
+    return WanModel.Input("model", tooltip="From Load Wan Model, or any node that changes a model.")
+
+
+def model_output() -> io.Output:
+    return WanModel.Output(display_name="model", tooltip="For Wan Sampler.")
+
+
+class CacheSteps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        part = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
+        return io.Schema(
+            node_id="WanFlowTeaCache",
+            display_name="Wan TeaCache",
+            category="WanFlow/speed",
+            description="Leaves the model out in steps that would change little. Twice as fast or more, for somewhat "
+            "less detail and motion. The log tells how many steps were skipped.",
+            inputs=[
+                model_input(),
+                io.Float.Input(
+                    "threshold",
+                    default=0.1,
+                    min=0.001,
+                    max=10.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="Larger: more steps are skipped. warm-up: 0.05 to 0.1 for 1.3B models, 0.1 to 0.2 for "
+                    "14B ones, 0.2 to 0.3 for image models.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(METHODS),
+                    default="warm-up",
+                    tooltip="warm-up: the authors' better way, never skips the first 5 steps. whole run: their other "
+                    "one. DiffSynth: as DiffSynth-Studio does it.",
+                ),
+                io.Combo.Input(
+                    "coefficients",
+                    options=[AUTO, *COEFFICIENTS],
+                    default=AUTO,
+                    tooltip="The model whose measurements are used. auto takes the nearest.",
+                ),
+                io.Float.Input(
+                    "start", default=0.0, **part, tooltip="The part of the run from which steps are skipped."
+                ),
+                io.Float.Input(
+                    "end", default=1.0, **part, tooltip="The part of the run up to which steps are skipped."
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["auto", "cpu"],
+                    default="auto",
+                    tooltip="Where what is reused is kept. cpu needs no video memory, but takes a moment each step.",
+                ),
+            ],
+            outputs=[model_output()],
+        )
+
+    @classmethod
+    def execute(cls, model, threshold, preset, coefficients, start, end, device):
+        cache = TeaCache(threshold, preset, coefficients, start, end, None if device == "auto" else device)
+        return io.NodeOutput(model.with_cache(cache))
+
+
+class SlideWindow(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowSlidingWindow",
+            display_name="Wan Sliding Window",
+            category="WanFlow/speed",
+            description="For long videos: in every step the model sees one window of the video after the other, and "
+            "they are blended where they overlap. Counted in latent frames, of which one is four of the video.",
+            inputs=[
+                model_input(),
+                io.Int.Input(
+                    "window_size",
+                    default=21,
+                    min=1,
+                    max=1025,
+                    tooltip="Latent frames the model sees at once. 21 (81 frames) is what Wan was trained on.",
+                ),
+                io.Int.Input(
+                    "window_stride",
+                    default=11,
+                    min=1,
+                    max=1025,
+                    tooltip="Latent frames from one window to the next, at most window_size. Smaller: longer "
+                    "overlaps, smoother, slower.",
+                ),
+            ],
+            outputs=[model_output()],
+        )
+
+    @classmethod
+    def execute(cls, model, window_size, window_stride):
+        return io.NodeOutput(model.with_windows(Windows(window_size, window_stride)))
+
+
+class CompileModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowCompile",
+            display_name="Wan Torch Compile",
+            category="WanFlow/speed",
+            description="Compiles the model's blocks with torch.compile. The first step takes minutes, the others "
+            "are faster. Needs Triton on a GPU, a C++ compiler on a processor.",
+            inputs=[
+                model_input(),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="default",
+                    tooltip="max-autotune-no-cudagraphs tries out more and takes much longer to compile.",
+                ),
+                io.Boolean.Input(
+                    "dynamic",
+                    default=True,
+                    tooltip="Compiles once for all sizes of video. Off: once for each, which may run a little faster.",
+                ),
+            ],
+            outputs=[model_output()],
+        )
+
+    @classmethod
+    def execute(cls, model, mode, dynamic):
+        return io.NodeOutput(model.with_compile(Compile(mode, dynamic)))
+
+
+NODES = [CacheSteps, SlideWindow, CompileModel]
