@@ -4,8 +4,12 @@ The root must not be on `sys.path`: its `nodes` would hide ComfyUI's module of t
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+# What the processor is fast in must not change what the tests see; those of the choice itself remove this.
+os.environ.setdefault("WANFLOW_COMPUTE_DTYPE", "float32")
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "comfyui_wanflow"
