@@ -82,7 +82,7 @@ IMAGE_480P = replace(VIDEO, steps=40, shift=3.0)
 IMAGE_720P = replace(VIDEO_720P, steps=40)
 FIRST_LAST = replace(VIDEO_720P, shift=16.0)
 CONTROL = replace(VIDEO, num_frames=49)
-TOY = Preset(width=64, height=64, num_frames=17, steps=20, shift=3.0, cfg=3.0, fps=8, negative_prompt="")
+TOY = Preset(width=64, height=64, num_frames=17, steps=20, shift=3.0, cfg=6.0, fps=8, negative_prompt="")
 
 
 def _row(model_id: str, files: dict[str, Source], adapters: tuple[str, ...] = (), preset: Preset = VIDEO) -> Row:

@@ -21,7 +21,7 @@ from ..size import latent_shape
 from . import measure, world
 
 FACTS = ("color", "shape", "direction", "background")
-SETTINGS = Settings(seed=0, steps=20, cfg=3.0, shift=3.0)
+SETTINGS = Settings(seed=0, steps=20, cfg=6.0, shift=3.0)
 
 
 def held_out_facts(count: int) -> list[tuple[str, str, str, str]]:
