@@ -54,13 +54,13 @@ def test_data_files_ship():
         assert data and data == covered, package
 
 
-def test_no_registry_host_is_named():
+def test_no_registry_is_chosen():
     """Which registry packages come from is the user's choice, never written here."""
-    hosts = ("--index-url", "--extra-index-url", "--find-links")
+    options = ("--index-url", "--extra-index-url", "--find-links")
     files = [ROOT / name for name in ("README.md", "README_zh.md", "pyproject.toml", "constraints.txt", ".ci/run")]
     for file in files:
         text = file.read_text(encoding="utf-8")
-        assert not [host for host in hosts if host in text], file
+        assert not [option for option in options if option in text], file
 
 
 def test_the_two_commands_are_the_same_everywhere():
