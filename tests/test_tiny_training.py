@@ -7,8 +7,9 @@ import pytest
 import torch
 from comfyui_wanflow.wan_core.models.dit import DiTLayout
 from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD
+from comfyui_wanflow.wan_core.sampling.schedules import shifted
 from comfyui_wanflow.wan_core.tiny import train_dit, train_text, train_vae, world
-from comfyui_wanflow.wan_core.training.flow import flow_matching_loss, shifted_sigmas
+from comfyui_wanflow.wan_core.training.flow import flow_matching_loss
 from safetensors.torch import save_file
 
 LAYOUT = DiTLayout(dim=128, ffn_dim=64, layers=1, heads=1)
@@ -125,8 +126,8 @@ def test_training_clips_show_no_held_out_combination(folder):
 
 def test_shifted_sigmas():
     uniform = torch.tensor([0.0, 0.5, 1.0])
-    torch.testing.assert_close(shifted_sigmas(uniform, 3.0), torch.tensor([0.0, 0.75, 1.0]))
-    assert torch.equal(shifted_sigmas(uniform, 1.0), uniform)
+    torch.testing.assert_close(shifted(uniform, 3.0), torch.tensor([0.0, 0.75, 1.0]))
+    assert torch.equal(shifted(uniform, 1.0), uniform)
 
 
 def test_learning_rates_warm_up_and_fall():

@@ -8,11 +8,14 @@ Levels and coefficients are Python floats (fp64), the state stays in the type of
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 from torch import Tensor
 
+Level = TypeVar("Level", float, Tensor)
 
-def shifted(sigma: float, shift: float) -> float:
+
+def shifted(sigma: Level, shift: float) -> Level:
     """Spend more steps on high noise, which large videos need: shift * sigma / (1 + (shift - 1) * sigma).
 
     Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", arXiv 2403.03206, 5.3.2.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import time
 from pathlib import Path
@@ -23,8 +24,10 @@ from ..compute import compute_dtype
 from ..models.dit import DiT, DiTLayout, Run
 from ..models.text_encoder import UMT5Encoder, UMT5Layout
 from ..models.tokenizer import Tokenizer
-from ..models.vae import LATENT_MEAN, LATENT_STD, VideoVAE
-from ..training.flow import flow_matching_loss, shifted_sigmas
+from ..models.vae import VideoVAE, normalised
+from ..sampling.schedules import shifted
+from ..saving import write_whole
+from ..training.flow import flow_matching_loss
 from . import world
 from .train_text import TEMPLATES, captions
 from .train_vae import WIDTH
@@ -58,12 +61,11 @@ def make_latents(vae: VideoVAE, frames: int, count: int, file: Path) -> tuple[Te
     scenes = [world.random_scene(generator, facts[generator.integers(len(facts))]) for _ in range(count)]
     if file.exists():
         return torch.load(file, weights_only=True), [s.words for s in scenes]
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (LATENT_MEAN, LATENT_STD))
     latents = []
     for start in range(0, count, 16):
         clips = np.stack([world.render(s, frames) for s in scenes[start : start + 16]])
         pixels = torch.from_numpy(clips).permute(0, 4, 1, 2, 3) * 2 - 1
-        latents.append((vae.encode_whole(pixels) - mean) / std)
+        latents.append(normalised(vae.encode_whole(pixels)))
     result = torch.cat(latents)
     torch.save(result, file)
     return result, [s.words for s in scenes]
@@ -136,7 +138,7 @@ def train(
     for step in range(start, steps):
         latents, text = batches(step)
         torch.manual_seed(seed * 1_000_003 + step)
-        sigmas = shifted_sigmas(torch.rand(len(latents)), SHIFT)
+        sigmas = shifted(torch.rand(len(latents)), SHIFT)
         loss = flow_matching_loss(dit, latents, text, sigmas, torch.randn_like(latents), run=run).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -154,8 +156,7 @@ def train(
             last_saved = time.time()
             state = {"model": dit.state_dict(), "average": average.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+            write_whole({checkpoint: functools.partial(torch.save, state)})
     return average
 
 

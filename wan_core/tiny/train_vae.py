@@ -9,6 +9,7 @@ frames, so that the temporal layers see as many frames as they will meet. Runs i
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.vae import LATENT_MEAN, LATENT_STD, Memory, VideoVAE
+from ..saving import write_whole
 from . import world
 
 WIDTH = 8
@@ -188,8 +190,7 @@ def train(out: Path, seed: int = 0, stages: tuple[Stage, ...] = STAGES, checkpoi
         if time.time() - last_saved > checkpoint_seconds:
             last_saved = time.time()
             state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1}
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+            write_whole({checkpoint: functools.partial(torch.save, state)})
         if number % 500 == 499:
             short, long = held_out_psnr(vae), held_out_psnr(vae, 6, 17)
             print(f"held out: {short:.2f} dB at 9 frames, {long:.2f} at 17", flush=True)

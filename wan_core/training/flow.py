@@ -15,11 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..models.dit import DiT, Run, Slots
-
-
-def shifted_sigmas(uniform: Tensor, shift: float) -> Tensor:
-    """Uniform numbers in 0..1 to noise levels in 0..1, drawn towards 1 by `shift` > 1."""
-    return shift * uniform / (1 + (shift - 1) * uniform)
+from ..sampling.schedules import shifted
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +46,7 @@ def training_levels(shift: float = 5.0, count: int = 1000) -> Levels:
 
     It rounds the timesteps to bf16, which leaves 294 different ones and is a flaw; these are whole.
     """
-    sigmas = shifted_sigmas(torch.linspace(1, 0, count + 1)[:-1], shift)
+    sigmas = shifted(torch.linspace(1, 0, count + 1)[:-1], shift)
     bell = torch.exp(-2 * ((sigmas * 1000 - 500) / 1000) ** 2)
     bell = bell - bell.min()
     return Levels(sigmas, bell * (count / bell.sum()))
