@@ -110,7 +110,8 @@ class VACEResiduals:
     def hints(self, trunk: Tensor, step: Step, around: Callable):
         """One hint (b, n, dim) after the other, each worked out when it is asked for."""
         x = self.module.vace_patch_embedding(self.context.to(trunk.dtype)).flatten(1, 3)
-        x = F.pad(x, (0, 0, trunk.shape[1] - x.shape[1], 0))  # zeros for the trunk's reference frames, in front
+        x = F.pad(x, (0, 0, step.tokens - x.shape[1], 0))  # zeros for the trunk's reference frames, in front
+        x = step.split(x)
         first, *others = self.module.vace_blocks
         x, hint = around(first, x, step, trunk)
         del trunk

@@ -185,11 +185,29 @@ class Step(NamedTuple):
     modulation: Tensor  # (b, 6, dim) fp32
     rope: Tensor  # (tokens, 1, head_dim / 2) complex64
     backend: str  # of attention, see attention.py
-    attend: Callable[..., Tensor]  # from the video to the video; sequence parallelism puts its own here
+    tokens: int  # of the whole video, of which a process may have a part
+    attend: Callable[..., Tensor]  # from the video to the video
+    split: Callable[[Tensor], Tensor]  # (b, tokens, dim) -> those of this process
 
 
 def call(module: Callable, *args: Any) -> Any:
     return module(*args)
+
+
+class Alone:
+    """One process has all tokens. In its place, `parallel.Sequence` gives each of several processes a part."""
+
+    def split(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The part of this process of all tokens, which lie along `dim`."""
+        return x
+
+    def gather(self, x: Tensor, tokens: int) -> Tensor:
+        """This process's part (b, n, c) -> all tokens (b, tokens, c)."""
+        return x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, backend: str) -> Tensor:
+        """Attention of this process's part of q to all of k and v, each (b, n, heads, head_dim)."""
+        return attention(q, k, v, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -197,13 +215,14 @@ class Run:
     """What differs from call to call, so that handles which share a trunk never write to it.
 
     `around(module, *args)` calls a module: checkpointing and offload take its place. `body(advance, x)` takes the
-    tokens through all blocks by `advance(x)`: a cache may leave that out.
+    tokens through all blocks by `advance(x)`: a cache may leave that out. `parallel` shares the tokens among processes.
     """
 
     compute_dtype: torch.dtype = torch.float32
     attention: str = "auto"
     around: Callable = call
     body: Callable = call
+    parallel: Alone = field(default_factory=Alone)
 
 
 @functools.lru_cache(maxsize=4)
@@ -435,17 +454,21 @@ class DiT(nn.Module):
         x = add(self.patch_embedding(x), channels_last(slots.embed_add))  # (b, f, h/2, w/2, dim)
         x = prepend(channels_last(slots.prefix_tokens), x)
         grid = x.shape[1:4]
+        tokens, parallel = math.prod(grid), run.parallel
         step = Step(
             text=self.text_embedding(rows.to(dtype)),
             text_bias=text_bias,
             image=None if slots.context_prefix is None else slots.context_prefix.to(dtype),
             modulation=modulation,
-            rope=rope_table(*grid, self.layout.dim // self.layout.heads, x.device),
+            rope=parallel.split(rope_table(*grid, self.layout.dim // self.layout.heads, x.device), dim=0),
             backend=run.attention,
-            attend=functools.partial(attention, backend=run.attention),
+            tokens=tokens,
+            attend=functools.partial(parallel.attend, tokens=tokens, backend=run.attention),
+            split=parallel.split,
         )
-        x = run.body(functools.partial(self.advance, step=step, slots=slots, around=run.around), x.flatten(1, 3))
-        x = self.head(x, time).unflatten(1, grid)
+        x = parallel.split(x.flatten(1, 3))
+        x = run.body(functools.partial(self.advance, step=step, slots=slots, around=run.around), x)
+        x = parallel.gather(self.head(x, time), tokens).unflatten(1, grid)
         references = 0 if slots.prefix_tokens is None else slots.prefix_tokens.shape[2]
         return unpatchify(x[:, references:]).float()
 
