@@ -42,6 +42,11 @@ def rows_at(table: Tensor, places: Tensor) -> Tensor:
 
 
 class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """As torch's, but not on the meta device: drawing there takes a second and a half, for nothing."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, numbers: Tensor) -> Tensor:
         """Numbers of any shape -> their rows, in the type that the table is stored in."""
         return rows_at(self.weight, numbers)
