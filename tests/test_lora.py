@@ -20,6 +20,7 @@ from comfyui_wanflow.wan_core.models.embedders import MotionController
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.sampling.loop import Settings, sample
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 LAYOUT = DiTLayout(dim=128, ffn_dim=256, layers=2, heads=1, in_dim=36, text_dim=32, image_tokens=True)
@@ -614,6 +615,18 @@ class TestSaving:
         for key_format, (layer, ends) in expected.items():
             save_lora(lora, tmp_path / "out.safetensors", key_format)
             assert sorted(load_file(tmp_path / "out.safetensors")) == [f"{layer}.{end}" for end in ends]
+
+    def test_metadata_are_kept_and_the_tensors_described(self, tmp_path, weights):
+        changes = factors(weights)
+        tensors = {f"{x}.lora_{k}.weight": t for x, p in changes.items() for k, t in zip("AB", p, strict=True)}
+        alphas = {f"{layer}.alpha": torch.tensor(ALPHA) for layer in changes}
+        own = {"author": "somebody", "lora_adapter_metadata": '{"transformer.lora_alpha": 9}'}
+        save_lora(lora_of(tmp_path, tensors | alphas, own), tmp_path / "again.safetensors", metadata={"steps": "7"})
+        with safe_open(tmp_path / "again.safetensors", "pt") as stored:
+            metadata = stored.metadata()
+        assert metadata["author"] == "somebody" and metadata["steps"] == "7" and "lora_adapter_metadata" not in metadata
+        assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2")
+        assert metadata["modelspec.sai_model_spec"] and metadata["modelspec.title"] == "style"
 
     @pytest.mark.parametrize("key_format", ["comfyui", "kohya"])
     def test_other_kinds_read_back(self, tmp_path, key_format):

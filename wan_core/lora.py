@@ -28,6 +28,7 @@ from .offload.residency import Residency
 
 ATTENTION = re.compile(r"attn\.[qkvo](_img)?\.weight$")
 NUMBERED = re.compile(r"(?P<vace>vace_)?blocks\.(?P<number>\d+)\.")
+HINTS = ("ss_base_model_version", "modelspec.architecture", "modelspec.title", "software")
 IMAGE_PARTS = ("img_emb.", "k_img.", "v_img.")
 PARTS = {
     "motion_controller.": "they need a motion speed controller, which this model has not",
@@ -42,13 +43,18 @@ class Lora:
 
     changes   the published name of a parameter -> what happens to it
     unread    why something of the file could not be read -> its names
-    note      what the file says about itself, may be empty
+    metadata  what the file says about itself
     """
 
     name: str
     changes: Mapping[str, Change]
     unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    note: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """The shortest of it that tells what the LoRA is for; may be empty."""
+        return ", ".join(dict.fromkeys(filter(None, map(self.metadata.get, HINTS))))
 
     @cached_property
     def residency(self) -> Residency:

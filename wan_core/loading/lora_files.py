@@ -29,9 +29,10 @@ FOREIGN = {
     "lora_te": "for a text encoder, which is no part of the model",
     "text_encoder": "for a text encoder, which is no part of the model",
 }
+ADAPTER_CONFIG = "lora_adapter_metadata"  # of Diffusers, among the metadata
 DAMAGED = "damaged: tensors are missing or do not fit together"
+OF_THE_FILE = ("format", ADAPTER_CONFIG)  # what metadata says of the tensors' form, which is another when saved again
 ALPHA_CONFIG = "adapter_config.json"  # of peft, beside a file called adapter_model.safetensors
-HINTS = ("ss_base_model_version", "modelspec.architecture", "modelspec.title", "software")
 
 Tensors = dict[str, Tensor]  # of one layer, by their roles
 
@@ -58,12 +59,11 @@ def load_lora(source: str | PathLike) -> Lora:
             unread.setdefault(str(reason), []).append(layer)
         else:
             changes.update(found)
-    hints = (checkpoint.metadata.get(key) for key in HINTS)
     return Lora(
         name=checkpoint.files[0].stem,
         changes=changes,
         unread={reason: tuple(layers) for reason, layers in unread.items()},
-        note=", ".join(dict.fromkeys(filter(None, hints))),
+        metadata={key: value for key, value in checkpoint.metadata.items() if key not in OF_THE_FILE},
     )
 
 
@@ -83,7 +83,7 @@ def scaling(checkpoint: Checkpoint) -> Callable[[float | None, int], float]:
     (Kalajdzievski, arXiv 2312.03732).
     """
     beside = checkpoint.files[0].with_name(ALPHA_CONFIG)
-    text = checkpoint.metadata.get("lora_adapter_metadata")
+    text = checkpoint.metadata.get(ADAPTER_CONFIG)
     if not text and checkpoint.files[0].stem == "adapter_model" and beside.is_file():
         text = beside.read_text(encoding="utf-8")
     try:
@@ -210,9 +210,27 @@ def save_lora(lora: Lora, path: Path, key_format: str = "comfyui", metadata: Map
     tensors: dict[str, Tensor] = {}
     for name, change in lora.changes.items():
         tensors |= written(name, change, KEY_FORMATS[key_format])
-    texts = {"format": "pt", "modelspec.architecture": "wan2.1/lora", "modelspec.title": lora.name, **(metadata or {})}
+    texts = {**lora.metadata, **described(lora), **(metadata or {})}
     content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, texts)
     write_whole({path: lambda file: file.write_bytes(content)})
+
+
+def described(lora: Lora) -> dict[str, str]:
+    """What the metadata say of every LoRA: the fields of Stability's ModelSpec, and kohya's for rank and alpha where all
+    parts share them."""
+    texts = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "wan2.1/lora",
+        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
+        "modelspec.title": lora.name,
+    }
+    products = (change for change in lora.changes.values() if not isinstance(change, Difference))
+    sizes = {(rank, scale * rank) for _, scale, rank in map(factors, products) if rank}
+    if len(sizes) == 1:
+        rank, alpha = sizes.pop()
+        texts |= {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+    return texts
 
 
 def written(name: str, change: Change, names: KeyFormat) -> dict[str, Tensor]:
