@@ -19,3 +19,7 @@ class InputError(WanError):
 
 class ModelError(WanError):
     """The loaded model cannot do what an input asks of it."""
+
+
+class MemoryShortage(WanError):
+    """Memory ran out, and everything that could be given back was."""

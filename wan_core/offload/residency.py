@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .policy import Plan, passing, plan, residents
+from .recovery import is_shortage
 from .streaming import Conveyor
 from .units import Unit, find_units
 
@@ -34,6 +35,8 @@ class Residency:
         self.device: torch.device | None = None  # of the copies
         self.most: int | None = None  # bytes of copies that may stay, whatever a host offers; None: any number
         self._running_on: torch.device | None = None
+        self._hooks: list = []  # of the run, as is the conveyor
+        self._conveyor: Conveyor | None = None
         self._units = find_units(module, compute_dtype)
         self._rest = next((place.stored.device for unit in self._units for place in unit.places), torch.device("cpu"))
 
@@ -78,7 +81,8 @@ class Residency:
     def ensure(self, budget: int | None = None, device: torch.device | str | None = None) -> int:
         """Hold copies of up to `budget` bytes (None: of all) on `device`, by priority; returns the bytes held.
 
-        A smaller budget than before shrinks, a negative one empties. During a run nothing changes.
+        A smaller budget than before shrinks, a negative one empties; where memory runs out, what there is has to do.
+        During a run nothing changes.
         """
         if self._running_on is not None:
             return self.resident_bytes()
@@ -95,9 +99,18 @@ class Residency:
             if unit not in stay:
                 unit.copies = None
         for unit in self._units:  # when the others' memory is free
-            if unit in stay and unit.copies is None:
-                unit.copies = unit.copied(target)
+            if unit in stay and unit.copies is None and not self._hold(unit):
+                break
         return self.resident_bytes()
+
+    def _hold(self, unit: Unit) -> bool:
+        """Let a unit stay on the device. False where there is no room for it."""
+        try:
+            unit.copies = unit.copied(self.device)
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+        return unit.copies is not None
 
     def _staying(self, room: int) -> list[int]:
         sizes, blocks = self._sizes()
@@ -138,27 +151,53 @@ class Residency:
             return
         if device not in (self._rest, self.device):
             self.ensure(None, device)
-        units = self._units if device != self._rest else []
-        travelling = [unit for unit in units if unit.copies is None and unit.is_block]
-        hooks, conveyor = [], None
         self._running_on = device
         try:
-            if travelling:
-                conveyor = Conveyor(travelling, device, self.rest_on == "cpu")
-            for unit in units:
-                if unit.copies is not None:
-                    unit.put(unit.copies)
-                else:
-                    hooks += _fetch_around_calls(unit, device, conveyor)
+            self._put_in_place()
             yield self.module
         finally:
+            self._put_back()
             self._running_on = None
-            for hook in hooks:
-                hook.remove()
-            for unit in units:
-                unit.restore()
-            if conveyor:
-                conveyor.close()
+
+    def _put_in_place(self) -> None:
+        if self._running_on == self._rest:
+            return
+        travelling = [unit for unit in self._units if unit.copies is None and unit.is_block]
+        if travelling:
+            self._conveyor = Conveyor(travelling, self._running_on, self.rest_on == "cpu")
+        for unit in self._units:
+            if unit.copies is not None:
+                unit.put(unit.copies)
+            else:
+                self._hooks += _fetch_around_calls(unit, self._running_on, self._conveyor)
+
+    def _put_back(self) -> None:
+        if self._running_on == self._rest:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for unit in self._units:
+            unit.restore()
+        if self._conveyor:
+            self._conveyor.close()
+            self._conveyor = None
+
+    def give_back(self) -> int:
+        """Drop the less important half of the copies held, in a run too, between two calls; returns the bytes freed.
+
+        What is dropped travels from then on.
+        """
+        device, half = self._running_on, -(-self.resident_bytes() // 2)
+        if device is None or not half:
+            return self.release(half)
+        self._put_back()
+        self._running_on = None
+        try:
+            return self.release(half)
+        finally:
+            self._running_on = device
+            self._put_in_place()
 
 
 def _fetch_around_calls(unit: Unit, device: torch.device, conveyor: Conveyor | None) -> list:

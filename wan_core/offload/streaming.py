@@ -1,12 +1,14 @@
 """Blocks on their way to the compute device: each travels whole, in a flat buffer, while the one before computes.
 
-Two buffers on the device take turns. On a CUDA device the copies run on a stream of their own out of pinned memory;
-elsewhere the same steps are plain copies. The numbers that arrive are those that a plain copy would bring.
+Two buffers on the device take turns. A `Lane` does the copying: on a CUDA device a thread packs each block into pinned
+memory, out of which it is copied on a stream of its own; elsewhere the same steps are plain copies. The numbers that
+arrive are those that a plain copy would bring.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +20,89 @@ from .units import Unit, frozen
 
 @dataclass(eq=False)
 class Buffer:
-    """One place on the device, and on CUDA the pinned memory that it is filled from."""
+    """One place on the device."""
 
     flat: Tensor  # uint8
-    pinned: Tensor | None
     unit: Unit | None = None  # whose copies it holds, or will when they have arrived
+
+
+class Lane:
+    """Copies that are over when they are asked for. With `remember`, units stay in main memory once they were read."""
+
+    def __init__(self, device: torch.device, remember: bool):
+        self.device = device
+        self.remember = remember
+
+    def buffer(self, span: int) -> Buffer:
+        """A new place for so many bytes."""
+        return Buffer(torch.empty(span, dtype=torch.uint8, device=self.device))
+
+    def send(self, unit: Unit, buffer: Buffer) -> None:
+        """Begin to fill the buffer, when the last call that reads it is over."""
+        self.pack(unit, buffer.flat)
+
+    def pack(self, unit: Unit, flat: Tensor) -> None:
+        if self.remember:
+            unit.remember()
+        unit.pack(flat)
+
+    def wait(self, buffer: Buffer) -> None:
+        """What is computed from here on finds the buffer filled. Raises what went wrong on the way."""
+
+    def used(self, buffer: Buffer) -> None:
+        """All that reads the buffer has been asked for by now."""
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+
+
+@dataclass(eq=False)
+class CudaBuffer(Buffer):
+    pinned: Tensor | None = None  # what it is filled from
+    sent: Future | None = None
     arrived: torch.cuda.Event | None = None
-    used: torch.cuda.Event | None = None  # when the last call that read it is over
+    read: torch.cuda.Event | None = None  # by the last call
+
+
+class CudaLane(Lane):
+    """Copies beside the computing: this thread only asks for them, so that it never keeps the device waiting."""
+
+    def __init__(self, device: torch.device, remember: bool):
+        super().__init__(device, remember)
+        self.stream = torch.cuda.Stream(device)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="WanFlow weights")
+
+    def buffer(self, span: int) -> CudaBuffer:
+        buffer = CudaBuffer(super().buffer(span).flat, pinned=torch.empty(span, dtype=torch.uint8, pin_memory=True))
+        buffer.read = torch.cuda.current_stream(self.device).record_event()  # the memory may be in use there till now
+        return buffer
+
+    def send(self, unit: Unit, buffer: CudaBuffer) -> None:
+        buffer.sent = self.thread.submit(self._fill, unit, buffer)
+
+    def _fill(self, unit: Unit, buffer: CudaBuffer) -> None:
+        if buffer.arrived:
+            buffer.arrived.synchronize()  # until then the pinned memory is read
+        self.pack(unit, buffer.pinned)
+        with torch.inference_mode(False), torch.cuda.stream(self.stream):
+            self.stream.wait_event(buffer.read)
+            buffer.flat[: unit.span].copy_(buffer.pinned[: unit.span], non_blocking=True)
+            buffer.arrived = self.stream.record_event()
+
+    def wait(self, buffer: CudaBuffer) -> None:
+        buffer.sent.result()
+        torch.cuda.current_stream(self.device).wait_event(buffer.arrived)
+
+    def used(self, buffer: CudaBuffer) -> None:
+        buffer.read = torch.cuda.current_stream(self.device).record_event()
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=True)
+        self.stream.synchronize()
+
+
+def lane_to(device: torch.device, remember: bool) -> Lane:
+    return (CudaLane if device.type == "cuda" else Lane)(device, remember)
 
 
 class Conveyor:
@@ -35,22 +113,11 @@ class Conveyor:
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device, remember: bool = False):
-        self.device = device
-        self.remember = remember
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.lane = lane_to(device, remember)
         self.following = dict(zip(units, [*units[1:], units[0]], strict=True))
         self.last: Unit | None = None
-        span = max(unit.span for unit in units)
-        with torch.inference_mode(False):
-            self.buffers = [Buffer(self._flat(span), self._pinned(span)) for _ in range(DEPTH)]
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream(device))  # the memory may still be in use there
-
-    def _flat(self, span: int) -> Tensor:
-        return torch.empty(span, dtype=torch.uint8, device=self.device)
-
-    def _pinned(self, span: int) -> Tensor | None:
-        return torch.empty(span, dtype=torch.uint8, pin_memory=True) if self.stream else None
+        self.span = max(unit.span for unit in units)
+        self.buffers: list[Buffer] = []  # the next to be filled comes first
 
     def take(self, unit: Unit) -> list[nn.Parameter]:
         """The copies of `unit`, good until `done`."""
@@ -58,46 +125,35 @@ class Conveyor:
             self.following[self.last] = unit
         self.last = unit
         buffer = self._send(unit)
+        try:
+            self.lane.wait(buffer)
+        except BaseException:
+            buffer.unit = None  # it holds nothing
+            raise
         self.buffers.append(self.buffers.pop(self.buffers.index(buffer)))  # the next one to come takes another
-        if self.stream:
-            torch.cuda.current_stream(self.device).wait_event(buffer.arrived)
         with torch.inference_mode(False):
             return [frozen(view) for view in unit.views(buffer.flat)]
 
     def done(self, unit: Unit) -> None:
         """The call is over (on CUDA: under way): send what will be asked for next."""
-        if self.stream:
-            self.buffers[-1].used = torch.cuda.current_stream(self.device).record_event()
+        self.lane.used(self.buffers[-1])
         self._send(self.following[unit])
 
     def close(self) -> None:
         """Wait for what is under way: its memory goes back now."""
-        if self.stream:
-            self.stream.synchronize()
+        self.lane.close()
         self.buffers.clear()
 
     def _send(self, unit: Unit) -> Buffer:
         """The buffer that holds the unit; filled, or being filled, if none did."""
+        if not self.buffers:
+            with torch.inference_mode(False):
+                self.buffers = [self.lane.buffer(self.span) for _ in range(DEPTH)]
         for buffer in self.buffers:
             if buffer.unit is unit:
                 return buffer
         buffer = self.buffers[0]
         buffer.unit = None  # should filling it fail, it holds nothing
-        if self.remember:
-            unit.remember()
-        if self.stream:
-            self._fill_beside(buffer, unit)
-        else:
-            unit.pack(buffer.flat)
+        self.lane.send(unit, buffer)
         buffer.unit = unit
         return buffer
-
-    def _fill_beside(self, buffer: Buffer, unit: Unit) -> None:
-        if buffer.arrived:
-            buffer.arrived.synchronize()  # the pinned memory is written to by this thread
-        unit.pack(buffer.pinned)
-        with torch.cuda.stream(self.stream):
-            if buffer.used:
-                self.stream.wait_event(buffer.used)
-            buffer.flat[: unit.span].copy_(buffer.pinned[: unit.span], non_blocking=True)
-            buffer.arrived = self.stream.record_event()
