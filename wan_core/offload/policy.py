@@ -46,11 +46,14 @@ def plan(sizes: Sequence[int], budget: int | None, blocks: Sequence[int]) -> Pla
     total = sum(sizes)
     if budget is None or total <= budget:
         return Plan(tuple(range(len(sizes))), (), total, 0, 0)
-    stay = set(residents(sizes, budget - passing(sizes, blocks), blocks))
-    streamed = tuple(number for number in range(len(sizes)) if number not in stay)
-    kept = sum(sizes[number] for number in stay)
-    on_their_way = passing(sizes, blocks, streamed)
-    return Plan(tuple(sorted(stay)), streamed, kept, total - kept, on_their_way)
+    return staying(sizes, blocks, residents(sizes, budget - passing(sizes, blocks), blocks))
+
+
+def staying(sizes: Sequence[int], blocks: Sequence[int], resident: Sequence[int]) -> Plan:
+    """The plan in which these units stay."""
+    streamed = tuple(sorted(set(range(len(sizes))) - set(resident)))
+    kept = sum(sizes[number] for number in resident)
+    return Plan(tuple(sorted(resident)), streamed, kept, sum(sizes) - kept, passing(sizes, blocks, streamed))
 
 
 def residents(sizes: Sequence[int], room: int, blocks: Sequence[int]) -> list[int]:

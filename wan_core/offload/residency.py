@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .policy import Plan, passing, plan, residents
+from .policy import Plan, passing, plan, residents, staying
 from .recovery import is_shortage
 from .streaming import Conveyor
 from .units import Unit, find_units
@@ -57,26 +57,21 @@ class Residency:
         sizes, blocks = self._sizes()
         return plan(sizes, budget, blocks)
 
-    def limit_to(self, budget: int | None) -> int:
-        """From now on let the weights take at most `budget` bytes, those in passing included; returns what they take.
-
-        None takes the limit away.
-        """
-        planned = self.plan(budget)
-        self._keep(None if budget is None else planned.resident_bytes)
-        return planned.peak(room=0)
-
-    def keep_parameters(self, count: int) -> int:
-        """From now on let units of at most `count` parameters stay; returns how many those have."""
+    def plan_parameters(self, count: int) -> Plan:
+        """What stays and what travels where units of at most `count` parameters in all may stay."""
+        sizes, blocks = self._sizes()
         counts = [unit.parameter_count for unit in self._units]
-        stay = residents(counts, count, self._sizes()[1])
-        self._keep(sum(self._units[number].bytes for number in stay))
-        return sum(counts[number] for number in stay)
+        return staying(sizes, blocks, residents(counts, count, blocks))
 
-    def _keep(self, most: int | None) -> None:
-        self.most = most
-        if most is not None and self.resident_bytes() > most:
-            self.release(self.resident_bytes() - most)
+    def parameter_count(self, planned: Plan) -> int:
+        """Of what stays."""
+        return sum(self._units[number].parameter_count for number in planned.resident)
+
+    def limit_to(self, planned: Plan) -> None:
+        """From now on let no more stay than is planned."""
+        self.most = planned.resident_bytes if planned.streamed else None
+        if self.most is not None and self.resident_bytes() > self.most:
+            self.release(self.resident_bytes() - self.most)
 
     def ensure(self, budget: int | None = None, device: torch.device | str | None = None) -> int:
         """Hold copies of up to `budget` bytes (None: of all) on `device`, by priority; returns the bytes held.
