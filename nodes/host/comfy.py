@@ -23,8 +23,9 @@ from comfy_api.latest import ComfyExtension, io
 from ...wan_core.compute import device_memory
 from ...wan_core.errors import FileError, InputError
 from ...wan_core.model import Engine
+from . import live
 from .patcher import patchers_of
-from .standalone import MODEL_ENDINGS, OutputFile
+from .standalone import MODEL_ENDINGS, OutputFile, folder_below, folder_of_clips
 
 __all__ = ["ComfyExtension", "host", "io"]
 
@@ -39,8 +40,8 @@ class Progress:
         self.bar = comfy.utils.ProgressBar(total, node_id=node_id)
         self.previewer = None
 
-    def update(self, step: int, preview: torch.Tensor | None = None) -> None:
-        """Show that `step` of `total` steps are done.
+    def update(self, step: int, preview: torch.Tensor | None = None, note: str = "") -> None:
+        """Show that `step` of `total` steps are done; there is no room for a `note`.
 
         `preview` (b,16,T,h,w) is the video as far as it is known, in normalised latents.
         Raises ComfyUI's InterruptProcessingException when the user has asked to stop.
@@ -59,7 +60,13 @@ class Progress:
 class ComfyHost:
     """What nodes ask of their host, answered by ComfyUI."""
 
+    team = None  # ComfyUI is one process
+
     # Model files
+
+    @property
+    def models_dir(self) -> Path:
+        return Path(folder_paths.models_dir)
 
     def model_files(self, kind: str) -> list[str]:
         # ComfyUI lists no .gguf files in these folders; under a name of our own it does, and remembers the list.
@@ -75,7 +82,7 @@ class ComfyHost:
         raise FileError(f"There is no file {name!r} in {folders}. Put it there, then press R to refresh the lists.")
 
     def model_folders(self, kind: str) -> list[Path]:
-        return [Path(folder) for folder in (*folder_paths.get_folder_paths(kind), folder_paths.models_dir)]
+        return [Path(folder) for folder in (*folder_paths.get_folder_paths(kind), self.models_dir)]
 
     # Files that workflows read and write
 
@@ -93,6 +100,12 @@ class ComfyHost:
         if not path.is_file():
             raise FileError(f"There is no file {name!r}. Looked for {path}. Upload it, or choose another one.")
         return path
+
+    def input_folder(self, name: str) -> Path:
+        return folder_of_clips(name, self.input_dir())
+
+    def output_folder(self, name: str) -> Path:
+        return folder_below(self.output_dir(), name)
 
     def output_path(self, prefix: str, extension: str, temporary: bool = False) -> OutputFile:
         root = self.temp_dir() if temporary else self.output_dir()
@@ -121,8 +134,14 @@ class ComfyHost:
     def say(self, text: str) -> None:
         log.info("%s", text)
 
-    def progress(self, total: int, node_id: str | None = None) -> Progress:
+    def progress(self, total: int, node_id: str | None = None, unit: str = "") -> Progress:
         return Progress(total, node_id)
+
+    def show(self, node_id: str, state: dict[str, Any]) -> None:
+        live.show(node_id, state)
+
+    def finish_asked(self, node_id: str) -> bool:
+        return live.finish_asked(node_id)
 
     def check_interrupted(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()

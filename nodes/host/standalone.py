@@ -27,6 +27,7 @@ MODEL_FOLDERS = {  # ComfyUI's folders for each kind of model file, the old name
     "loras": ("loras",),
 }
 EXAMPLE_INPUTS = Path(__file__).resolve().parents[2] / "example_workflows" / "input"
+LINE_EVERY = 60  # seconds, of progress in a file
 MODEL_ENDINGS = {".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".gguf"}
 
 
@@ -44,30 +45,33 @@ class OutputFile(NamedTuple):
 
 
 class Progress:
-    """A bar on stderr; where stderr is a file, one line when all is done."""
+    """A bar on stderr; where stderr is a file, a line now and then, and one when all is done."""
 
-    def __init__(self, host: StandaloneHost, total: int):
+    def __init__(self, host: StandaloneHost, total: int, unit: str = ""):
         self.host = host
         self.total = total
-        self.start = time.monotonic()
+        self.unit = unit
+        self.start = self.drawn = time.monotonic()
 
-    def update(self, step: int, preview: Any = None) -> None:
-        """Show that `step` of `total` steps are done; `preview` has no place to be shown here.
+    def update(self, step: int, preview: Any = None, note: str = "") -> None:
+        """Show that `step` of `total` steps are done, and a note; `preview` has no place to be shown here.
 
         Raises Interrupted when the user has asked to stop.
         """
         if not self.host.quiet:
-            self.draw(step)
+            self.draw(step, note)
         self.host.check_interrupted()
 
-    def draw(self, step: int) -> None:
-        done, terminal = step >= self.total, sys.stderr.isatty()
-        if not (terminal or done):
+    def draw(self, step: int, note: str) -> None:
+        done, terminal, now = step >= self.total, sys.stderr.isatty(), time.monotonic()
+        if not (terminal or done or now - self.drawn > LINE_EVERY):
             return
-        seconds = time.monotonic() - self.start
+        self.drawn = now
+        seconds = now - self.start
         filled = 30 * step // max(self.total, 1)
-        pace = f"{seconds / max(step, 1):.2f} s/step"
-        line = f"[{'#' * filled}{'.' * (30 - filled)}] {step}/{self.total}  {seconds:.0f} s, {pace}"
+        pace = f"{step / max(seconds, 1e-3):.1f} {self.unit}/s" if self.unit else f"{seconds / max(step, 1):.2f} s/step"
+        count = f"{step}/{self.total} {self.unit}".rstrip()
+        line = f"[{'#' * filled}{'.' * (30 - filled)}] {count}  {seconds:.0f} s, {pace}  {note}".rstrip()
         print(f"\r{line}" if terminal else line, end="\n" if done else "", file=sys.stderr, flush=True)
 
 
@@ -81,6 +85,7 @@ class StandaloneHost:
         self.output_directory = base / "output"
         self.quiet = False
         self.interrupted = False
+        self.team = None  # the processes that share the work of this run: parallel.Team
         self.used = WeakSet()  # weights of which copies may lie on the compute device
 
     # Model files
@@ -106,7 +111,8 @@ class StandaloneHost:
         return [*self.kind_folders(kind), self.models_dir]
 
     def kind_folders(self, kind: str) -> list[Path]:
-        return [self.models_dir / folder for folder in MODEL_FOLDERS[kind]]
+        """As in ComfyUI: below the models folder, and below the output folder, where nodes save what was trained."""
+        return [*(self.models_dir / folder for folder in MODEL_FOLDERS[kind]), self.output_directory / kind]
 
     # Files that workflows read and write
 
@@ -136,6 +142,14 @@ class StandaloneHost:
             if path.is_file():
                 return path
         raise FileError(f"There is no file {name!r}. Looked for {' and '.join(map(str, candidates))}.")
+
+    def input_folder(self, name: str) -> Path:
+        """The folder of clips that a workflow calls `name`: below the input folder, any by its path, or a shipped one."""
+        return folder_of_clips(name, self.input_dir())
+
+    def output_folder(self, name: str) -> Path:
+        """The folder `name` below the output folder, whether it exists or not."""
+        return folder_below(self.output_dir(), name)
 
     def output_path(self, prefix: str, extension: str, temporary: bool = False) -> OutputFile:
         """The next free name `<prefix>_00001_.<extension>`, counted as ComfyUI counts; its folder exists afterwards.
@@ -172,8 +186,16 @@ class StandaloneHost:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def progress(self, total: int, node_id: str | None = None) -> Progress:
-        return Progress(self, total)
+    def progress(self, total: int, node_id: str | None = None, unit: str = "") -> Progress:
+        """A bar for `total` steps, or what `unit` names."""
+        return Progress(self, total, unit)
+
+    def show(self, node_id: str | None, state: dict[str, Any]) -> None:
+        """Draw a node's state on the node itself while it works. There is none here: its progress bar tells."""
+
+    def finish_asked(self, node_id: str | None) -> bool:
+        """Whether the user has pressed the node's button to come to an end and go on with what is there."""
+        return False
 
     def check_interrupted(self) -> None:
         """Raises Interrupted when the user has asked to stop."""
@@ -218,6 +240,25 @@ class StandaloneHost:
                 weights.release()
         engine.limit(options, memory_required, device_memory(self.device()))
         self.used.update(engine.weights)
+
+
+def folder_of_clips(name: str, inputs: Path) -> Path:
+    """Raises FileError where there is none."""
+    candidates = (inputs / name, Path(name).expanduser(), EXAMPLE_INPUTS / name)
+    for folder in candidates:
+        if name.strip() and folder.is_dir():
+            return folder
+    raise FileError(
+        f"There is no folder {name!r} in {inputs}. Put the clips into a folder there, or enter the path of one."
+    )
+
+
+def folder_below(root: Path, name: str) -> Path:
+    """Raises InputError for what is no name of a folder below `root`."""
+    folder = (root / expand_time(name)).resolve()
+    if not name.strip() or folder == root.resolve() or not folder.is_relative_to(root.resolve()):
+        raise InputError(f"{name!r} is no folder below {root}. Enter a name, such as training/my_style.")
+    return folder
 
 
 def expand_time(prefix: str) -> str:
