@@ -6,14 +6,15 @@ device) is attached for the length of the run: `with engine.attached(device) as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .compute import device_memory
 from .errors import ModelError
 from .loading.catalog import Preset
 from .lora import Lora, Loras, fit, worked_in
@@ -24,14 +25,19 @@ from .models.embedders import MotionController
 from .models.image_encoder import ImageEncoder
 from .models.network import Network
 from .models.text_encoder import UMT5Encoder
+from .models.tiling import Ladder, Size, ladder
 from .models.tokenizer import MAX_TOKENS, Tokenizer, Tokens
 from .models.vace import VACE
-from .models.vae import VideoVAE
+from .models.vae import SPATIAL_STRIDE, VideoVAE
 from .offload.options import Offload
+from .offload.policy import Plan
+from .offload.recovery import Result, others_give, persist
 from .offload.residency import Residency
+from .room import decoding_room, encoding_room
 from .sampling.teacache import TeaCache
 from .sampling.windows import Windows
 
+FREE_THE_DEVICE = "Close other programs that use it, or choose a narrower weight_dtype."
 PARTS = {"vace": "VACE module", "motion_controller": "motion speed controller"}
 
 
@@ -71,13 +77,23 @@ class Engine:
 
         memory: (total, free) bytes of the device, None where that is unknown.
         """
-        budget, parameters = offload.budget(room, self.resident_bytes(), memory), offload.persistent
+        for weights, planned in zip(self.weights, self.plans(offload, room, memory, self.resident_bytes()), strict=True):
+            weights.limit_to(planned)
+
+    def plans(self, offload: Offload, room: int, memory: tuple[int, int] | None, held: int = 0) -> list[Plan]:
+        """What of each set of weights stays on the compute device and what travels, decided by numbers alone.
+
+        held: bytes of these weights that are there already, and do not count as taken; other arguments as for `limit`.
+        """
+        budget, parameters, plans = offload.budget(room, held, memory), offload.persistent, []
         for weights in self.weights:
             if parameters is None:
-                taken = weights.limit_to(budget)
-                budget = None if budget is None else budget - taken
+                plans.append(weights.plan(budget))
+                budget = None if budget is None else budget - plans[-1].peak(room=0)
             else:
-                parameters -= weights.keep_parameters(parameters)
+                plans.append(weights.plan_parameters(parameters))
+                parameters -= weights.parameter_count(plans[-1])
+        return plans
 
     def passing_bytes(self) -> int:
         """Bytes on the compute device of weights in passing, where not all can stay."""
@@ -89,6 +105,13 @@ class Engine:
         for weights in reversed(self.weights):
             freed += weights.release(None if amount is None else max(0, amount - freed))
         return freed
+
+    def relieve(self) -> bool:
+        """Memory ran out, maybe in a run: let others drop their weights, or drop half of those held here.
+
+        False where there was nothing to drop.
+        """
+        return others_give(self.weights) or sum(weights.give_back() for weights in self.weights) > 0
 
     @contextmanager
     def attached(self, device: torch.device | str | None = None) -> Iterator[nn.Module]:
@@ -187,9 +210,13 @@ class WanTextEncoder(Engine):
         """n texts -> embeddings (n, 512, dim) fp32 on the CPU, zero after each text's real length; the lengths in
         tokens; and a report, "" unless something was cut."""
         tokens = self.tokenizer(texts)
-        with self.attached() as module, torch.no_grad():
-            rows = module(tokens.ids.to(self.device), tokens.mask.to(self.device), self.compute_dtype)
-        rows = rows.float().cpu()  # (n, longest, dim)
+
+        def read() -> Tensor:
+            with self.attached() as module, torch.no_grad():
+                rows = module(tokens.ids.to(self.device), tokens.mask.to(self.device), self.compute_dtype)
+            return rows.float().cpu()  # (n, longest, dim)
+
+        rows = persist(read, self.relieve, "reading the prompt", FREE_THE_DEVICE)
         return F.pad(rows, (0, 0, 0, MAX_TOKENS - rows.shape[1])), tokens.lengths, _report(tokens)
 
 
@@ -201,8 +228,12 @@ class WanImageEncoder(Engine):
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (n, H, W, 3) in 0..1, of any size -> features (n, 257, 1280) fp32 on the CPU."""
-        with self.attached() as module, torch.no_grad():
-            return module(images.to(self.device), self.compute_dtype).float().cpu()
+
+        def look() -> Tensor:
+            with self.attached() as module, torch.no_grad():
+                return module(images.to(self.device), self.compute_dtype).float().cpu()
+
+        return persist(look, self.relieve, "looking at a picture", FREE_THE_DEVICE)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -216,18 +247,86 @@ class WanVAE(Engine):
         self.ensure(None, device)
         return super().attached(device)
 
-    def limit(self, offload: Offload, room: int, memory: tuple[int, int] | None) -> None:
-        """Nothing: see `attached`."""
+    def plans(self, offload: Offload, room: int, memory: tuple[int, int] | None, held: int = 0) -> list[Plan]:
+        """All stays: see `attached`."""
+        return [weights.plan(None) for weights in self.weights]
 
     def encode(self, pixels: Tensor, **tiling) -> Tensor:
-        """(b, 3, 4n+1, 8h, 8w) in -1..1 -> (b, 16, n+1, h, w). Tiling: tiled, tile_size, tile_stride, as the VAE's."""
-        with self.attached() as module:
-            return module.encode(pixels.to(self.compute_dtype), **tiling)
+        """(b, 3, 4n+1, 8h, 8w) in -1..1 -> (b, 16, n+1, h, w). Tiling: tiled, tile_size, tile_stride, as the VAE's.
+
+        What is not tiled is all the same where it would not fit, and tiles become smaller where memory runs out.
+        """
+        pixels = pixels.to(self.compute_dtype)
+        sizes = ladder((pixels.shape[3] // SPATIAL_STRIDE, pixels.shape[4] // SPATIAL_STRIDE), **tiling)
+
+        def encode() -> Tensor:
+            with self.attached() as module:
+                return module.encode(pixels, **asdict(sizes.first(self._fits(encoding_room))))
+
+        return self._persist(encode, sizes, "encoding a video")
 
     def decode(self, latents: Tensor, **tiling) -> Tensor:
-        """(b, 16, n+1, h, w) -> (b, 3, 4n+1, 8h, 8w) in -1..1. Tiling: tiled, tile_size, tile_stride, as the VAE's."""
+        """(b, 16, n+1, h, w) -> (b, 3, 4n+1, 8h, 8w) in -1..1. Tiling: as for `encode`."""
+        latents = latents.to(self.compute_dtype)
+        sizes = ladder(tuple(latents.shape[3:]), **tiling)
+
+        def decode() -> Tensor:
+            with self.attached() as module:
+                return module.decode(latents, **asdict(sizes.first(self._fits(decoding_room))))
+
+        return self._persist(decode, sizes, "decoding a video")
+
+    def frames(self, latents: Tensor, **tiling) -> Iterator[Tensor]:
+        """As `decode`, clip after clip, some frames (1, 3, t, 8h, 8w) at a time as they are done.
+
+        Where memory runs out the clip begins again in tiles, and goes on behind the frames that were given.
+        """
+        latents = latents.to(self.compute_dtype)
+        sizes = ladder(tuple(latents.shape[3:]), **tiling)
         with self.attached() as module:
-            return module.decode(latents.to(self.compute_dtype), **tiling)
+            for clip in latents.split(1):
+                yield from self._clip_frames(module, clip, sizes)
+
+    def _clip_frames(self, module: VideoVAE, clip: Tensor, sizes: Ladder) -> Iterator[Tensor]:
+        given, groups = 0, None
+
+        def advance() -> Tensor | None:
+            nonlocal groups
+            if groups is None:
+                tiling = asdict(sizes.first(self._fits(decoding_room)))
+                groups = behind(given, module.frames(clip, **tiling))
+            try:
+                return next(groups, None)
+            except RuntimeError:
+                groups = None  # what failed cannot go on
+                raise
+
+        while (group := self._persist(advance, sizes, "decoding a video")) is not None:
+            given += group.shape[2]
+            yield group
+
+    def _fits(self, room: Callable[..., int]) -> Callable[[Size], bool]:
+        """Whether there is memory now, by the estimate `room`, to work on (height, width) latents at once."""
+        memory, width = device_memory(self.device), self.module.encoder.conv1.out_channels
+
+        def fits(size: Size) -> bool:
+            picture = tuple(SPATIAL_STRIDE * side for side in size)
+            return memory is None or room(width, picture, self.compute_dtype) <= memory[1]
+
+        return fits
+
+    def _persist(self, work: Callable[[], Result], sizes: Ladder, doing: str) -> Result:
+        """`work()`, with ever smaller tiles where memory runs out."""
+        advice = "Take a smaller size of video, or close other programs that use the device."
+        return persist(work, lambda: others_give(self.weights) or sizes.step_down(), doing, advice)
+
+
+def behind(count: int, groups: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Groups of frames (b, c, t, h, w) without the first `count` frames of them all."""
+    for group in groups:
+        if count < group.shape[2]:
+            yield group[:, :, count:]
+        count = max(0, count - group.shape[2])
 
 
 def _report(tokens: Tokens) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -12,6 +12,63 @@ from torch import Tensor
 from ..errors import InputError
 
 Size = tuple[int, int]  # (height, width) in latent pixels
+TILE_SIZE: Size = (30, 52)  # of the reference: nine tiles for 480 x 832
+TILE_STRIDE: Size = (15, 26)
+SMALLEST = 8  # no side of a tile is made shorter when memory runs out
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How to work: tile by tile, or on the whole picture, where this size of tile is only what would come next."""
+
+    tiled: bool = False
+    tile_size: Size = TILE_SIZE
+    tile_stride: Size = TILE_STRIDE
+
+    def largest(self, shape: Size) -> Size:
+        """The most of a picture of this shape that is worked on at once."""
+        return tuple(map(min, shape, self.tile_size)) if self.tiled else shape
+
+    def smaller(self) -> Tiling | None:
+        """What takes less memory; None where tiles are as small as they get."""
+        if not self.tiled:
+            return replace(self, tiled=True)
+        if max(self.tile_size) <= SMALLEST:
+            return None
+        size = tuple(min(side, max(SMALLEST, side // 2)) for side in self.tile_size)
+        strides = zip(self.tile_stride, self.tile_size, size, strict=True)
+        return Tiling(True, size, tuple(max(1, stride * new // side) for stride, side, new in strides))
+
+
+@dataclass
+class Ladder:
+    """Ways to work on pictures of one shape, each with less memory than the one before; those given up are gone."""
+
+    shape: Size
+    steps: list[Tiling]
+
+    def first(self, fits: Callable[[Size], bool]) -> Tiling:
+        """The first whose largest part fits, else the last."""
+        while not fits(self.steps[0].largest(self.shape)) and self.step_down():
+            pass
+        return self.steps[0]
+
+    def step_down(self) -> bool:
+        """Give the first up. False where it is the last."""
+        if len(self.steps) == 1:
+            return False
+        del self.steps[0]
+        return True
+
+
+def ladder(shape: Size, **tiling) -> Ladder:
+    """From what is asked for (the fields of `Tiling`) down to the smallest tiles, for pictures of this shape."""
+    step = Tiling(**tiling)
+    steps = [step]
+    while step := step.smaller():
+        if step.largest(shape) != steps[-1].largest(shape):
+            steps.append(step)
+    return Ladder(shape, steps)
 
 
 @dataclass(frozen=True)

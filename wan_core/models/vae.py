@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, ModelError
-from .tiling import Size, blend, tiles, whole
+from .tiling import TILE_SIZE, TILE_STRIDE, Size, blend, tiles, whole
 from .vae_layers import (
     CUBE,
     POINT,
@@ -39,8 +39,6 @@ SPATIAL_STRIDE = 8
 CHANNEL_MULTIPLIERS = (1, 2, 4, 4)
 DOWNSAMPLE_TIME = (False, True, True)
 
-TILE_SIZE: Size = (30, 52)  # of the reference: nine tiles for 480 x 832
-TILE_STRIDE: Size = (15, 26)
 GROUP_POSITIONS = 256  # latent positions coded at once: small pictures go several frames at a time
 
 # Statistics of the published VAE's latents over natural video, per channel: they are part of the model,
@@ -163,6 +161,20 @@ class VideoVAE(nn.Module):
         for clip, out in zip(latents.split(1), pixels.split(1), strict=True):
             blend(out, ((tile.scaled(SPATIAL_STRIDE), self.decode_groups(tile.of(clip))) for tile in picked))
         return pixels.clamp_(-1, 1)
+
+    @torch.no_grad()
+    def frames(
+        self, latents: Tensor, tiled: bool = False, tile_size: Size = TILE_SIZE, tile_stride: Size = TILE_STRIDE
+    ) -> Iterator[Tensor]:
+        """As `decode` of one clip (1, 16, n+1, h, w), some frames (1, 3, t, 8h, 8w) at a time as they are done.
+
+        Tiles reach over the whole clip, so that with them all frames come at once.
+        """
+        if tiled:
+            yield self.decode(latents, tiled, tile_size, tile_stride)
+            return
+        for group in self.decode_groups(latents):
+            yield group.to(latents.device, torch.float32).clamp_(-1, 1)
 
     def order_weights(self) -> None:
         """Keep the convolutions' weights in channels-last order, like the activations: no call has to turn them."""

@@ -32,7 +32,7 @@ def is_shortage(error: BaseException) -> bool:
 
 def others_give(weights: Sequence[object]) -> bool:
     """Let everybody but the owner of these weights drop what they hold. False where nobody held anything."""
-    return any([give(weights) for give in OTHERS])  # a list: all of them are asked
+    return sum(give(weights) for give in OTHERS) > 0  # all of them are asked
 
 
 def persist(
@@ -53,7 +53,7 @@ def persist(
         # Here the failed work's traceback, which held its tensors, is gone.
         clean_up()
         if not (repeatable and relieve()):
-            raise MemoryShortage(f"Memory ran out while {doing}, and nothing is left to give back. {advice} ({message})")
+            raise MemoryShortage(f"Memory ran out while {doing}, and nothing is left to drop. {advice} ({message})")
 
 
 def clean_up() -> None:
