@@ -5,15 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
-from comfyui_wanflow.nodes.headless.cli import main
-from comfyui_wanflow.wan_core.adapters.image import image_condition
-from comfyui_wanflow.wan_core.errors import FileError, InputError, ModelError
+from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.lora_files import load_lora
 from comfyui_wanflow.wan_core.lora import fit
@@ -24,11 +21,12 @@ from comfyui_wanflow.wan_core.sampling.loop import Settings as SamplingSettings
 from comfyui_wanflow.wan_core.sampling.loop import sample
 from comfyui_wanflow.wan_core.tiny import world
 from comfyui_wanflow.wan_core.training.cache import Cache
-from comfyui_wanflow.wan_core.training.dataset import Framing, Item, list_items
-from comfyui_wanflow.wan_core.training.examples import Encoders, batch, prepare
+from comfyui_wanflow.wan_core.training.dataset import list_items
+from comfyui_wanflow.wan_core.training.examples import Encoders, prepare
 from comfyui_wanflow.wan_core.training.flow import training_levels
+from comfyui_wanflow.wan_core.training.framing import Framing
 from comfyui_wanflow.wan_core.training.loop import Settings, epoch_steps, example_loss, train
-from comfyui_wanflow.wan_core.training.trainee import new_lora, whole_trunk
+from comfyui_wanflow.wan_core.training.trainee import new_lora, whole
 from comfyui_wanflow.wan_core.video import save_video
 from PIL import Image
 from safetensors import safe_open
@@ -118,74 +116,7 @@ class TestObjective:
             training_levels().between(0.5, 0.5)
 
 
-class TestData:
-    @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
-    def test_tables(self, data, tmp_path, suffix):
-        rows = [
-            {"video": "clip0.mp4", "prompt": "one, with a comma"},
-            {"image": "picture.png", "prompt": "two"},
-            {"video": "gone.mp4", "prompt": "three"},
-            {"prompt": "four"},
-        ]
-        table = tmp_path / f"metadata.{suffix}"
-        csv = 'video,image,prompt\nclip0.mp4,,"one, with a comma"\n,picture.png,two\ngone.mp4,,three\n,,four\n'
-        texts = {"csv": csv, "json": json.dumps(rows), "jsonl": "\n".join(map(json.dumps, rows))}
-        table.write_text(texts[suffix])
-        items, problems = list_items(data, table)
-        assert [(item.prompt, item.file.name) for item in items] == [
-            ("one, with a comma", "clip0.mp4"), ("two", "picture.png")]  # fmt: skip
-        assert len(problems) == 2 and "row 3" in problems[0] and "gone.mp4" in problems[0] and "row 4" in problems[1]
-        assert not list_items(data, table, ["reference"])[0]
-
-    def test_a_folder(self, data, tmp_path):
-        assert [item.prompt for item in list_items(data)[0]] == [*(scene.caption for scene in SCENES), "a red"]
-        Image.new("RGB", (8, 8)).save(tmp_path / "alone.png")
-        assert list_items(tmp_path) == ([], ["alone.png is left out: there is no caption alone.txt beside it."])
-
-    @pytest.mark.parametrize("name, text", [("a.txt", ""), ("a.json", "{"), ("a.json", "{}"), ("gone.csv", None)])
-    def test_what_is_no_table(self, tmp_path, name, text):
-        if text is not None:
-            (tmp_path / name).write_text(text)
-        with pytest.raises(FileError):
-            list_items(tmp_path, tmp_path / name)
-
-    def test_frame_rates(self, tmp_path):
-        """A clip of 32 frames a second gives every other frame, or the first ones as the reference takes them."""
-        grey = torch.linspace(0, 1, 18).view(-1, 1, 1, 1).expand(-1, 32, 32, 3)
-        save_video(grey, tmp_path / "clip.mp4", 32, quality=10)
-        resampled, as_they_come = (
-            Framing(9, 32, 32, frame_rate=rate).read(tmp_path / "clip.mp4").mean((1, 2, 3)) for rate in (16, 0)
-        )
-        assert len(resampled) == len(as_they_come) == 9
-        assert as_they_come[-1] == pytest.approx(8 / 17, abs=0.03)
-        assert resampled[-1] == pytest.approx(16 / 17, abs=0.08)
-
-    def test_sizes(self):
-        assert Framing(5, 480, 832).size(100, 100) == (832, 480)
-        assert Framing(5).size(1930, 1090) == (1264, 720) and Framing(5).size(100, 50) == (96, 48)
-        for wrong in ({"height": 480}, {"num_frames": 80}, {"height": 10, "width": 16}, {"frame_rate": -1}):
-            with pytest.raises(InputError):
-                Framing(**wrong)
-
-    def test_what_cannot_be_used_is_told(self, data, encoders, tmp_path):
-        (tmp_path / "broken.mp4").write_bytes(b"no video")
-        items = [*list_items(data)[0], Item("broken", tmp_path / "broken.mp4", "row 7")]
-        examples, notes = prepare(items, Framing(17, SIZE, SIZE), encoders, Cache(tmp_path / "cache"))
-        assert len(examples) == 3 and {shape[1] for shape in examples.shapes} == {1, 3}
-        assert len(notes) == 3 and "row 7 is left out" in notes[2] and "9 are trained on" in notes[0]
-        with pytest.raises(InputError, match="row 7"):
-            prepare(items[-1:], FRAMING, encoders, Cache(tmp_path / "cache"))
-
-    def test_the_second_time_no_encoder_works(self, data, encoders, tmp_path, monkeypatch):
-        items, cache = list_items(data)[0], Cache(tmp_path / "cache")
-        first, _ = prepare(items, FRAMING, encoders, cache)
-        for encoder in (encoders.vae, encoders.text_encoder):
-            monkeypatch.setattr(type(encoder), "encode", None)
-        second, _ = prepare(items, FRAMING, encoders, cache)
-        assert torch.equal(first[0].latents, second[0].latents) and torch.equal(first[0].text, second[0].text)
-        with pytest.raises(TypeError):  # another size has to be encoded
-            prepare(items, Framing(1, SIZE, SIZE), encoders, cache)
-
+class TestOrder:
     def test_an_epoch_shows_all_clips_in_batches_of_one_shape(self):
         shapes = [(16, 1, 4, 4), (16, 2, 4, 4), (16, 1, 4, 4)]
         settings = Settings(repeat=3, batch_size=2, gradient_accumulation_steps=2)
@@ -196,16 +127,6 @@ class TestData:
         assert first != second and first == epoch_steps(shapes, settings, 0)
 
 
-class Eyes:
-    """An image encoder that sees nothing but the mean."""
-
-    module, compute_dtype = torch.nn.Linear(1, 1), torch.float32
-
-    @staticmethod
-    def encode(picture):
-        return picture.mean() * torch.linspace(-1, 1, 257 * 1280).view(1, 257, 1280)
-
-
 def total_loss(model, examples):
     """At some levels, the same ones at each call."""
     with torch.no_grad(), model.attached() as network:
@@ -214,74 +135,6 @@ def total_loss(model, examples):
             for example in examples
             for seed in range(4)
         )
-
-
-class TestTrainsWhatIsInferred:
-    """The trunk is given the same in a training step and in a run of the sampler, tensor for tensor."""
-
-    @staticmethod
-    def given(trunk, call):
-        seen = []
-
-        def look(module, arguments):
-            seen.append(arguments)
-
-        hook = trunk.register_forward_pre_hook(look)
-        try:
-            call()
-        finally:
-            hook.remove()
-        return seen[0]
-
-    @pytest.mark.parametrize("kind, extra", [
-        ("dit", ()), ("image", ("input_image",)), ("image", ("input_image", "end_image"))])  # fmt: skip
-    def test_inputs(self, files, data, encoders, tmp_path, kind, extra):
-        model, item = load_model(files[kind], device="cpu"), list_items(data)[0][0]
-        encoders = replace(encoders, image_encoder=Eyes)
-        example = prepare([item], FRAMING, encoders, Cache(tmp_path), extra)[0][0]
-        frames = FRAMING.read(item.file)
-        conditions = ()
-        if extra:
-            end = frames[-1:] if "end_image" in extra else None
-            conditions = [image_condition(frames[:1], end, (2, 4, 4), encoders.vae.encode, Eyes.encode)]
-        text, _, _ = encoders.text_encoder.encode([item.prompt])
-        settings = SamplingSettings(seed=0, steps=1, cfg=1)
-
-        def infer():
-            sample(model, text, None, torch.zeros(1, 16, 2, 4, 4), settings, conditions)
-
-        def learn():
-            with torch.no_grad(), model.attached() as network:  # with gradients other kernels round differently
-                example_loss(network, model, example, Settings(), torch.Generator())
-
-        (x, _, text, injected, run), (own_x, _, own_text, own_injected, own_run) = (
-            self.given(model.trunk, call) for call in (infer, learn)
-        )
-        assert x.shape == own_x.shape and run.compute_dtype == own_run.compute_dtype
-        assert torch.equal(text[:, : own_text.shape[1]], own_text) and not text[:, own_text.shape[1] :].any()
-        for field in fields(injected):
-            one, other = getattr(injected, field.name), getattr(own_injected, field.name)
-            if isinstance(one, dict):
-                assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
-            else:
-                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
-
-    def test_a_batch_is_its_clips_side_by_side(self, files, data, encoders, tmp_path):
-        model = load_model(files["image"], device="cpu")
-        examples, _ = prepare(list_items(data)[0][:2], FRAMING, encoders, Cache(tmp_path), ["input_image"])
-        both = batch(list(examples))
-        assert both.latents.shape == (2, 16, 2, 4, 4)
-        assert total_loss(model, [both]) > 0
-        assert torch.equal(both.conditions[0].latents[1:], examples[1].conditions[0].latents)
-        assert torch.equal(both.text[1:, : examples[1].text.shape[1]], examples[1].text)
-
-    def test_unknown_and_missing_inputs(self, files, data, encoders, tmp_path):
-        items = list_items(data)[0]
-        with pytest.raises(InputError, match="control_video"):
-            prepare(items, FRAMING, encoders, Cache(tmp_path), ["control_video"])
-        examples, _ = prepare(items, FRAMING, encoders, Cache(tmp_path))
-        with pytest.raises(ModelError, match="needs more than the text"):
-            train(new_lora(load_model(files["image"], device="cpu"), 2), examples, Settings(), tmp_path)
 
 
 class TestLora:
@@ -331,7 +184,7 @@ class TestWholeModel:
         narrow = tmp_path / "narrow.safetensors"
         save_file({name: t.bfloat16() if t.ndim > 1 else t for name, t in weights.items()}, narrow)
         model = load_model(narrow, device="cpu")
-        trainee = whole_trunk(model)
+        trainee = whole(model)
         before = total_loss(trainee.model, examples)
         train(trainee, examples, Settings(learning_rate=1e-3, num_epochs=8), tmp_path)
         assert total_loss(trainee.model, examples) < 0.9 * before
@@ -363,7 +216,7 @@ t.train(t.new_lora(model, 2), examples, t.SETTINGS, folder, die)
 
 
 class TestResuming:
-    @pytest.mark.parametrize("make", [lambda model: new_lora(model, 2), whole_trunk], ids=["lora", "whole"])
+    @pytest.mark.parametrize("make", [lambda model: new_lora(model, 2), whole], ids=["lora", "whole"])
     def test_a_stop_changes_nothing(self, model, examples, tmp_path, make):
         whole = make(model)
         losses = train(whole, examples, SETTINGS, tmp_path / "whole")
@@ -412,33 +265,3 @@ class TestResuming:
         settings = Settings(learning_rate=0.4, warmup_steps=3)
         assert [settings.rate(step) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
         assert Settings().rate(0) == Settings().learning_rate  # not a third of it, as the reference has it
-
-
-class TestCommand:
-    @pytest.fixture
-    def arguments(self, files, data, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        models = json.dumps([[str(files["dit"])], str(files["vae"]), str(files["text"])])
-        return ["train", "--dataset_base_path", str(data), "--model_paths", models, "--height", "32", "--width", "32",
-                "--num_frames", "5", "--output_path", "out", "--remove_prefix_in_ckpt", "pipe.dit."]  # fmt: skip
-
-    def test_a_lora(self, arguments, capsys, tmp_path, model):
-        lora = ["--lora_base_model", "dit", "--lora_rank", "2", "--lora_target_modules", "q,ffn.0"]
-        assert main([*arguments, *lora]) == 0
-        assert capsys.readouterr().out.split() == ["out/epoch-0.safetensors"]
-        assert len(fit(load_lora(tmp_path / "out" / "epoch-0.safetensors"), model.module).changes) == 6
-
-    def test_the_whole_model(self, arguments, tmp_path):
-        assert main([*arguments, "--trainable_models", "dit", "--dataset_repeat", "2"]) == 0
-        assert load_model(tmp_path / "out" / "epoch-0.safetensors", device="cpu").layout == TEXT
-
-    @pytest.mark.parametrize("wrong", [["--lora_checkpoint", "a"], ["--trainable_models", "vace"], ["--seed", "x"]])
-    def test_arguments_that_are_not_implemented_are_refused(self, arguments, wrong):
-        with pytest.raises(SystemExit):
-            main([*arguments, *wrong])
-
-    def test_what_is_missing_is_told(self, arguments, capsys, files):
-        assert main(arguments) == 1
-        assert "--lora_base_model dit" in capsys.readouterr().err
-        assert main([*arguments, "--lora_base_model", "dit", "--model_paths", json.dumps([str(files["dit"])])]) == 1
-        assert "No VAE" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from .fit import fit_pictures
 from .saving import write_whole
 
 FORMATS = ("mp4", "webm", "webp", "png")
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".gif", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".wmv", ".flv", ".gif", ".webp")
 EXIF_PROMPT, EXIF_FIRST_OTHER = 0x0110, 0x010F  # ComfyUI counts down from the second for `workflow` and the like
 
 
@@ -36,12 +36,12 @@ EXIF_PROMPT, EXIF_FIRST_OTHER = 0x0110, 0x010F  # ComfyUI counts down from the s
 
 
 def read_video(
-    path: Path, frame_rate: float = 0, num_frames: int = 0, size: tuple[int, int] | None = None
+    path: Path, frame_rate: float = 0, num_frames: int = 0, size: tuple[int, int] | None = None, start: int = 0
 ) -> tuple[Tensor, float]:
     """Frames (F, H, W, 3) in 0..1 and their rate per second.
 
-    frame_rate resamples in time (0: the file's own), num_frames takes the first ones (0: all), size (width, height)
-    scales each frame until it covers that size and cuts the overhang.
+    frame_rate resamples in time (0: the file's own), num_frames takes so many (0: all) from frame `start` of those on,
+    size (width, height) scales each frame until it covers that size and cuts the overhang.
     """
     if frame_rate < 0 or num_frames < 0:
         raise InputError(f"frame_rate {frame_rate} and num_frames {num_frames} must not be negative; 0 means as it is.")
@@ -49,7 +49,7 @@ def read_video(
         raise FileError(f"There is no video {path}. Check the name, or upload it again.")
     read = _read_pictures if path.suffix.lower() == ".webp" else _read_with_ffmpeg
     try:
-        frames, frame_rate = read(path, frame_rate, num_frames, size)
+        frames, frame_rate = read(path, frame_rate, num_frames, size, start)
     except (OSError, RuntimeError, IndexError, UnidentifiedImageError) as error:
         # imageio-ffmpeg raises IndexError for files in which ffmpeg finds no video stream
         raise FileError(f"{path} could not be read as a video. It may be damaged, or not a video at all.") from error
@@ -68,8 +68,35 @@ def parse_size(text: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _read_with_ffmpeg(path: Path, frame_rate: float, num_frames: int, size) -> tuple[list[Tensor], float]:
-    options = ["-vf", f"fps={Fraction(frame_rate).limit_denominator(1001)}"] if frame_rate else []
+def video_facts(path: Path, frame_rate: float = 0) -> tuple[int, int, int]:
+    """(width, height, frames) that `read_video` finds in a file at this rate. The whole file is decoded."""
+    try:
+        if path.suffix.lower() == ".webp":
+            frames, _ = _read_pictures(path, frame_rate, 0, None)
+            return frames[0].shape[1], frames[0].shape[0], len(frames)
+        reader = imageio_ffmpeg.read_frames(path)
+        width, height = next(reader)["size"]
+        reader.close()
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-i", str(path), "-map", "0:v:0"]
+        command += [*_filters(frame_rate), "-f", "null", "-"]
+        done = subprocess.run(command, capture_output=True, check=True)
+        frames = int(re.findall(rb"frame=\s*(\d+)", done.stderr)[-1])
+        if not frames:
+            raise FileError(f"{path} contains no frames. Choose another video.")
+        return width, height, frames
+    except (OSError, RuntimeError, IndexError, subprocess.CalledProcessError) as error:
+        raise FileError(f"{path} could not be read as a video. It may be damaged, or not a video at all.") from error
+
+
+def _filters(frame_rate: float, start: int = 0) -> list[str]:
+    """ffmpeg's options for a rate, and for the frames of that rate from `start` on."""
+    filters = [f"fps={Fraction(frame_rate).limit_denominator(1001)}"] if frame_rate else []
+    filters += [f"trim=start_frame={start}", "setpts=PTS-STARTPTS"] if start else []
+    return ["-vf", ",".join(filters)] if filters else []
+
+
+def _read_with_ffmpeg(path: Path, frame_rate: float, num_frames: int, size, start) -> tuple[list[Tensor], float]:
+    options = _filters(frame_rate, start)
     if num_frames:
         options += ["-frames:v", str(num_frames)]
     reader = imageio_ffmpeg.read_frames(path, output_params=options)
@@ -79,7 +106,7 @@ def _read_with_ffmpeg(path: Path, frame_rate: float, num_frames: int, size) -> t
     return [_frame(picture, size) for picture in pictures], frame_rate or facts["fps"]
 
 
-def _read_pictures(path: Path, frame_rate: float, num_frames: int, size) -> tuple[list[Tensor], float]:
+def _read_pictures(path: Path, frame_rate: float, num_frames: int, size, start=0) -> tuple[list[Tensor], float]:
     """An animated webp, which ffmpeg does not decode."""
     frames, ends, time = [], [], 0.0
     with Image.open(path) as image:
@@ -92,7 +119,7 @@ def _read_pictures(path: Path, frame_rate: float, num_frames: int, size) -> tupl
         # The picture on screen in the middle of each new frame's time.
         middles = (np.arange(max(1, round(ends[-1] * frame_rate))) + 0.5) / frame_rate
         frames = [frames[i] for i in np.searchsorted(ends, middles).clip(max=len(frames) - 1)]
-    return frames[: num_frames or None], frame_rate or own_rate
+    return frames[start : start + num_frames if num_frames else None], frame_rate or own_rate
 
 
 def _frame(picture: np.ndarray, size: tuple[int, int] | None) -> Tensor:

@@ -17,6 +17,7 @@ from .injection import Canvas, Condition, Injection
 @dataclass(frozen=True, eq=False)
 class CameraCondition(Condition):
     trajectory: Trajectory  # one pose for every frame of the video
+    embedded = 1
 
     def inject(self, network: Network, canvas: Canvas) -> Injection:
         layout = network.trunk.layout

@@ -7,7 +7,7 @@ values: `sum(injections, Injection()).fill(neutral(trunk, canvas))`. Two conditi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Protocol
@@ -79,6 +79,9 @@ class BlockResiduals(Protocol):
 
     def frames(self, start: int, stop: int) -> BlockResiduals:
         """The same for the canvas's latent frames start..stop."""
+
+    def beside(self, others: Sequence[BlockResiduals]) -> BlockResiduals:
+        """For a batch: this for its first rows, then the others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +161,26 @@ def misfit(network: Network, what: str, models: str, node: str) -> ModelError:
     return ModelError(f"This model takes no {what} (it is {article} {family} model, in_dim {layout.in_dim}). {advice}")
 
 
+def side_by_side(injections: Sequence[Injection]) -> Injection:
+    """Injections of one kind, before `fill`, as one whose rows are theirs: what each row of a batch is given."""
+    first = injections[0]
+
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        return None if values[0] is None else torch.cat(values)
+
+    tensors = {
+        name: joined([getattr(injection, name) for injection in injections])
+        for name in ("embed_add", "prefix_tokens", "context_prefix", "time_add", "prefix_frames")
+    }
+    residuals = zip(*(injection.block_residuals for injection in injections), strict=True)
+    return Injection(
+        concat={name: torch.cat([injection.concat[name] for injection in injections]) for name in first.concat},
+        block_residuals=tuple(residual.beside(others) for residual, *others in residuals),
+        context_rank=first.context_rank,
+        **tensors,
+    )
+
+
 def total(injections: Iterable[Injection], neutral: Injection) -> Injection:
     """All injections together, complete."""
     return sum(injections, Injection()).fill(neutral)
@@ -174,6 +197,9 @@ def neutral(trunk: DiT, canvas: Canvas) -> Injection:
 
 class Condition(ABC):
     """Something a user gives beside the text. Frozen, and free of modules: latents, features, rays, numbers."""
+
+    in_front = 0  # latent frames that it puts in front of the canvas
+    embedded = 0  # tensors as large as the tokens that it holds while the model runs
 
     @abstractmethod
     def inject(self, network: Network, canvas: Canvas) -> Injection:

@@ -18,6 +18,7 @@ class ReferenceCondition(Condition):
 
     latents: Tensor
     features: Tensor | None = None
+    in_front = 1
 
     def inject(self, network: Network, canvas: Canvas) -> Injection:
         trunk = network.trunk

@@ -5,7 +5,7 @@ Source: Jiang et al., "VACE: All-in-One Video Creation and Editing", arXiv 2503.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +36,10 @@ class VACECondition(Condition):
     mask: Tensor
     references: Tensor | None = None
     strength: float = 1.0
+
+    @property
+    def in_front(self) -> int:
+        return 0 if self.references is None else self.references.shape[2]
 
     def inject(self, network: Network, canvas: Canvas) -> Injection:
         if network.vace is None:
@@ -127,3 +131,6 @@ class VACEResiduals:
     def frames(self, start: int, stop: int) -> VACEResiduals:
         front, rest = self.context.tensor_split([self.prefix], dim=2)
         return replace(self, context=torch.cat([front, rest[:, :, start:stop]], dim=2))
+
+    def beside(self, others: Sequence[VACEResiduals]) -> VACEResiduals:
+        return replace(self, context=torch.cat([self.context, *(other.context for other in others)]))

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,11 @@ class Cache:
         """Complete or not at all. Raises FileError when the disk is full."""
         content = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
         write_whole({self.file(name): lambda file: file.write_bytes(content)})
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Of the tensors under a name, which stay on the disk."""
+        with safetensors.safe_open(self.file(name), "pt") as stored:
+            return {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}
 
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

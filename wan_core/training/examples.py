@@ -6,39 +6,46 @@ is known by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..adapters.image import ImageCondition, as_pixels, image_condition
+from ..adapters.image import as_pixels
+from ..adapters.injection import Canvas, Condition, Injection, side_by_side
 from ..errors import InputError, WanError
 from ..model import Engine, WanImageEncoder, WanTextEncoder, WanVAE
+from ..models.network import Network
 from ..models.vae import normalised
-from ..size import pixel_size
-from .cache import Cache, digest, file_digest, module_digest
-from .dataset import Framing, Item, is_picture
+from .ahead import ahead
+from .cache import Cache, digest, module_digest
+from .clips import Library
+from .dataset import Item
+from .framing import Framing
+from .inputs import ENCODED, INPUTS, Footage, Piece, read_footage, value_conditions
+from .survey import survey
 
-# What a model can be given beside the caption, all of it taken from the clip itself.
-EXTRA_INPUTS = ("input_image", "end_image")
-LAYOUT = 1  # of the cached tensors; a higher number leaves older caches unread
+LATENTS = "latents"  # the name of a clip's own, among those of its conditions
+LAYOUT = 2  # of the cached tensors; a higher number leaves older caches unread
 
-OnItem = Callable[[int, int], None]  # items prepared, of how many
+OnItem = Callable[[int, int], None]  # clips prepared, of how many
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
     """A batch of clips of one size to train on.
 
-    latents (b, 16, T, h, w) normalised; text (b, L, text width), zero after each caption's end; the conditions hold a
-    row for each clip.
+    latents (b, 16, T, h, w) normalised; text (b, L, text width), zero after each caption's end; the conditions are for
+    all rows.
     """
 
     latents: Tensor
     text: Tensor
-    conditions: tuple[ImageCondition, ...] = ()
+    conditions: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,34 +61,79 @@ class Encoders:
         rows, lengths, report = self.text_encoder.encode([prompt])
         return {"text": rows[:, : lengths[0]]}, report
 
-    def clip(self, frames: Tensor, extra_inputs: Sequence[str]) -> dict[str, Tensor]:
-        """A clip (F, H, W, 3) in 0..1 as latents, and the condition that the sampler would be given."""
-        raw = self.vae.encode(as_pixels(frames))
-        tensors = {"latents": normalised(raw)}
-        if extra_inputs:
-            start = frames[:1] if "input_image" in extra_inputs else None
-            end = frames[-1:] if "end_image" in extra_inputs else None
-            look = None if self.image_encoder is None else self.image_encoder.encode
-            condition = image_condition(start, end, tuple(raw.shape[2:]), self.vae.encode, look)
-            tensors |= {f"image.{name}": value for name, value in vars(condition).items() if value is not None}
-        return tensors
+    def latents(self, footage: Footage) -> dict[str, Tensor]:
+        return {LATENTS: normalised(self.vae.encode(as_pixels(footage.clip)))}
+
+    def condition(self, kind: str, footage: Footage) -> dict[str, Tensor]:
+        """The tensors of the condition that the sampler would be given."""
+        look = None if self.image_encoder is None else self.image_encoder.encode
+        condition = ENCODED[kind].make(footage, self.vae.encode, look)
+        return {name: value for name, value in vars(condition).items() if isinstance(value, Tensor)}
+
+    def release(self) -> None:
+        """Nothing of them stays on the compute device."""
+        for engine in filter(None, (self.vae, self.text_encoder, self.image_encoder)):
+            engine.release()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where in the cache a clip is: its latents, its text and its conditions by their kinds; and its other inputs."""
+
+    latents: str
+    text: str
+    conditions: Mapping[str, str]
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Examples(Sequence):
-    """Prepared clips on disk: the names of each one's clip and text in the cache, and the shape of its latents."""
+    """Prepared clips on disk. A caption is replaced by `no_caption`, the empty one, in a share of the cases."""
 
     cache: Cache
-    names: tuple[tuple[str, str], ...]
-    shapes: tuple[tuple[int, ...], ...]
+    clips: tuple[Prepared, ...]
+    no_caption: str
+    caption_dropout: float = 0.0
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.clips)
 
     def __getitem__(self, index: int) -> Example:
-        clip, text = (self.cache[name] for name in self.names[index])
-        image = {name.removeprefix("image."): value for name, value in clip.items() if name.startswith("image.")}
-        return Example(clip["latents"], text["text"], (ImageCondition(**image),) if image else ())
+        clip = self.clips[index]
+        latents = self.cache[clip.latents][LATENTS]
+        encoded = [ENCODED[kind].kind(**self.cache[name]) for kind, name in clip.conditions.items()]
+        values = value_conditions(clip.values, latents.shape[2])
+        return Example(latents, self.cache[clip.text]["text"], (*encoded, *values))
+
+    def batch(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Example:
+        """Examples of one group side by side. What is random about a row comes from its own generator."""
+        return batch([self.drawn(index, generator) for index, generator in zip(indices, generators, strict=True)])
+
+    def drawn(self, index: int, generator: torch.Generator) -> Example:
+        example = self[index]
+        if self.caption_dropout and torch.rand((), generator=generator) < self.caption_dropout:
+            return replace(example, text=self.cache[self.no_caption]["text"])
+        return example
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the latents of each clip, (16, T, h, w)."""
+        return [self.cache.shapes(clip.latents)[LATENTS][1:] for clip in self.clips]
+
+    @property
+    def groups(self) -> list[Hashable]:
+        """Clips with equal ones can be in one batch: all their tensors have the same sizes."""
+        return [tuple(self._facts(clip)) for clip in self.clips]
+
+    def _facts(self, clip: Prepared) -> Iterator[Hashable]:
+        for kind, name in ((LATENTS, clip.latents), *clip.conditions.items()):
+            yield kind, tuple(sorted(self.cache.shapes(name).items()))
+        yield tuple(sorted({INPUTS[name].condition for name in clip.values}))
+
+    @property
+    def facts(self) -> list:
+        """All that a training's steps follow from here, as JSON can hold it."""
+        return [[asdict(clip) for clip in self.clips], self.caption_dropout and [self.no_caption, self.caption_dropout]]
 
 
 def prepare(
@@ -91,58 +143,130 @@ def prepare(
     cache: Cache,
     extra_inputs: Sequence[str] = (),
     on_item: OnItem | None = None,
+    *,
+    flip: bool = False,
+    caption_dropout: float = 0.0,
+    workers: int = 0,
 ) -> tuple[Examples, list[str]]:
     """Encode what the cache does not hold yet; the examples, and a sentence for everything left out or shortened.
 
-    Raises InputError for an extra input that is not in `EXTRA_INPUTS`, and where nothing is left to train on.
+    flip: see `survey`; workers: how many clips are read while another one is encoded.
+    Raises InputError for an extra input that does not exist, and where nothing is left to train on.
     """
-    for name in extra_inputs:
-        if name not in EXTRA_INPUTS:
-            raise InputError(f"There is no extra input '{name}'. Choose of {', '.join(EXTRA_INPUTS)}.")
-    pixels_to_clip = (module_name(encoders.vae), extra_inputs and module_name(encoders.image_encoder))
-    words_to_text = module_name(encoders.text_encoder)
-    names, shapes, notes = [], [], []
-    for number, item in enumerate(items, start=1):
-        clip = digest(LAYOUT, file_digest(item.file), asdict(framing), sorted(extra_inputs), pixels_to_clip)
-        text = digest(LAYOUT, item.prompt, words_to_text)
+    if not 0 <= caption_dropout <= 1:
+        raise InputError(f"caption_dropout is {caption_dropout}, but it is a share, from 0 to 1.")
+    library = Library(cache.folder / "files.json")
+    pieces, notes = survey(items, framing, extra_inputs, library, flip)
+    naming = Naming.of(encoders)
+    texts = {prompt: naming.text(prompt) for prompt in ("", *(piece.item.prompt for piece in pieces))}
+    for prompt, name in texts.items():
+        if name not in cache:
+            cache[name], report = encoders.text(prompt)
+            notes += [report] if report else []
+    encoders.text_encoder.release()
+
+    plans = [(piece, naming.clip(piece, extra_inputs, library)) for piece in pieces]
+    clips = []
+
+    def read(plan: tuple[Piece, Mapping[str, str]]) -> Footage | WanError | None:
+        piece, names = plan
         try:
-            if clip not in cache:
-                cache[clip] = encoders.clip(framing.read(item.file), extra_inputs)
-            if text not in cache:
-                cache[text], report = encoders.text(item.prompt)
-                notes += [f"{item.place}: {report}"] if report else []
-            shape = tuple(cache[clip]["latents"].shape[1:])
-            frames, _, _ = pixel_size(*shape[1:])
-            if frames < framing.num_frames and not is_picture(item.file):
-                notes.append(f"{item.place} has fewer than {framing.num_frames} frames; {frames} are trained on.")
-            shapes.append(shape)
-            names.append((clip, text))
+            return None if all(name in cache for name in names.values()) else read_footage(piece, extra_inputs)
         except WanError as error:
-            notes.append(f"{item.place} is left out: {error}")
+            return error
+
+    for number, ((piece, names), footage) in enumerate(zip(plans, ahead(read, plans, workers), strict=True), start=1):
+        try:
+            encode(names, footage, encoders, cache)
+        except WanError as error:
+            notes.append(f"{piece.item.place} is left out: {error}")
+        else:
+            clips.append(prepared(piece, names, texts[piece.item.prompt], extra_inputs))
         if on_item is not None:
-            on_item(number, len(items))
-    if not names:
+            on_item(number, len(plans))
+    encoders.release()
+    if not clips:
         raise InputError("\n".join(["There is nothing to train on.", *notes]))
-    return Examples(cache, tuple(names), tuple(shapes)), notes
+    return Examples(cache, tuple(clips), texts[""], caption_dropout), notes
 
 
-def module_name(engine: Engine | None) -> tuple[str, str] | None:
-    """What an engine's results follow from."""
-    return None if engine is None else (module_digest(engine.module), str(engine.compute_dtype))
+def encode(names: Mapping[str, str], footage: Footage | WanError | None, encoders: Encoders, cache: Cache) -> None:
+    if isinstance(footage, WanError):
+        raise footage
+    for kind, name in names.items():
+        if name not in cache:
+            cache[name] = encoders.latents(footage) if kind == LATENTS else encoders.condition(kind, footage)
 
 
-def batch(examples: Sequence[Example]) -> Example:
-    """Examples of one size as a single one."""
-    length = max(example.text.shape[1] for example in examples)
-    texts = [F.pad(example.text, (0, 0, 0, length - example.text.shape[1])) for example in examples]
-    return Example(
-        latents=torch.cat([example.latents for example in examples]),
-        text=torch.cat(texts),
-        conditions=tuple(map(joined, zip(*(example.conditions for example in examples), strict=True))),
+def prepared(piece: Piece, names: Mapping[str, str], text: str, extra_inputs: Sequence[str]) -> Prepared:
+    columns = piece.item.columns
+    return Prepared(
+        latents=names[LATENTS],
+        text=text,
+        conditions={kind: name for kind, name in names.items() if kind != LATENTS},
+        values={name: columns[name] for name in extra_inputs if INPUTS[name].form == "value" and name in columns},
     )
 
 
-def joined(conditions: Sequence[ImageCondition]) -> ImageCondition:
-    """Conditions of one kind as a single one, with a row for each."""
-    rows = {field.name: [getattr(condition, field.name) for condition in conditions] for field in fields(conditions[0])}
-    return ImageCondition(**{name: None if row[0] is None else torch.cat(row) for name, row in rows.items()})
+@dataclass(frozen=True)
+class Naming:
+    """Names in the cache for what follows from files, captions and encoders."""
+
+    vae: tuple[str, str]
+    text_encoder: tuple[str, str]
+    image_encoder: tuple[str, str] | None
+
+    @classmethod
+    def of(cls, encoders: Encoders) -> Naming:
+        return cls(*(engine and name_of(engine) for engine in vars(encoders).values()))
+
+    def text(self, prompt: str) -> str:
+        return digest(LAYOUT, prompt, self.text_encoder)
+
+    def clip(self, piece: Piece, inputs: Sequence[str], library: Library) -> dict[str, str]:
+        """The latents' and those of each condition that is encoded, by its kind."""
+
+        def content(file: Path) -> str:
+            return library.facts(file, piece.frame_rate).content
+
+        cut = asdict(piece.cut), piece.frame_rate, piece.mirrored
+        clip = content(piece.item.file)
+        names = {LATENTS: digest(LAYOUT, clip, cut, self.vae)}
+        for kind, encoded in ENCODED.items():
+            if own := sorted(name for name in inputs if INPUTS[name].condition == kind):
+                files = {name: [*map(content, paths)] for name, paths in piece.files(own).items()}
+                eyes = self.image_encoder if encoded.looks else None
+                names[kind] = digest(LAYOUT, kind, own, clip, files, cut, self.vae, eyes)
+        return names
+
+
+def name_of(engine: Engine) -> tuple[str, str]:
+    """What an engine's results follow from."""
+    return module_digest(engine.module), str(engine.compute_dtype)
+
+
+def batch(examples: Sequence[Example]) -> Example:
+    """Examples of one group as a single one."""
+    if len(examples) == 1:
+        return examples[0]
+    length = max(example.text.shape[1] for example in examples)
+    texts = [F.pad(example.text, (0, 0, 0, length - example.text.shape[1])) for example in examples]
+    rows = tuple(example.conditions for example in examples)
+    return Example(
+        latents=torch.cat([example.latents for example in examples]),
+        text=torch.cat(texts),
+        conditions=(SideBySide(rows),) if rows[0] else (),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide(Condition):
+    """For each row of a batch its own conditions, the same kinds in all of them."""
+
+    rows: tuple[tuple[Condition, ...], ...]
+
+    def inject(self, network: Network, canvas: Canvas) -> Injection:
+        one = replace(canvas, rows=1)
+        return side_by_side(
+            [sum((condition.inject(network, one) for condition in row), Injection()) for row in self.rows]
+        )

@@ -1,4 +1,4 @@
-"""What is trained: a LoRA on some of the trunk's layers, or the whole trunk."""
+"""What is trained: a LoRA on some layers, whole parts of the model, or both."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError, ModelError
 from ..loading.lora_files import save_lora
-from ..lora import Lora
-from ..model import WanModel
+from ..lora import Lora, parameters
+from ..model import PARTS, WanModel
 from ..models.changes import LowRank
-from ..models.dit import DiT
 from ..models.layers import Linear
 from ..models.network import Network
 from ..models.packed import PackedLinear
@@ -25,6 +24,8 @@ from ..offload.residency import Residency
 from ..saving import write_whole
 
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # self- and cross-attention, and the feed-forward layers
+# The parts that can be trained, by DiffSynth-Studio's names, and what they are in a Network.
+TRAINABLE = {"dit": "trunk", "vace": "vace", "motion_controller": "motion_controller"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,24 +37,59 @@ class Trainee:
     write: Callable[[Path, Mapping[str, str]], None]
 
 
-def new_lora(model: WanModel, rank: int = 32, targets: Sequence[str] = LORA_TARGETS, seed: int = 0) -> Trainee:
-    """A LoRA without effect yet, on all linear layers of the trunk whose names are or end in one of `targets`.
+def check_part(model: WanModel, part: str) -> None:
+    """Raises InputError for what is no part that can be trained, ModelError for one that this model has not."""
+    if part not in TRAINABLE:
+        raise InputError(
+            f"'{part}' cannot be trained: the objective is the diffusion model's, and VAE and encoders only prepare "
+            f"its data. Choose of {', '.join(TRAINABLE)}."
+        )
+    if getattr(model.module, TRAINABLE[part]) is None:
+        raise ModelError(f"{model.name} has no {PARTS[part]} to train. Name its file among the models.")
 
-    Its alpha is its rank, so that it counts as it is. Begins as peft does: Hu et al., "LoRA", arXiv 2106.09685.
+
+def part_of(name: str) -> str:
+    """The part that a parameter (by its published name) belongs to."""
+    return "vace" if name.startswith("vace_") else "motion_controller" if name.startswith("motion_") else "dit"
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+def new_lora(
+    model: WanModel,
+    rank: int = 32,
+    targets: Sequence[str] = LORA_TARGETS,
+    seed: int = 0,
+    parts: Sequence[str] = ("dit",),
+    start: Lora | None = None,
+) -> Trainee:
+    """A LoRA without effect yet, on all linear layers of the parts whose names are or end in one of `targets`.
+
+    Its alpha is its rank, so that it counts as it is. Begins as peft does: Hu et al., "LoRA", arXiv 2106.09685; or as
+    `start`, a LoRA of this rank.
     """
     if rank < 1:
         raise InputError(f"lora_rank is {rank}, but a LoRA needs at least 1. 32 is usual.")
-    layers = {name: module for name, module in model.trunk.named_modules() if isinstance(module, Linear)}
+    for part in parts:
+        check_part(model, part)
+    layers = {
+        name.removesuffix(".weight"): place.module
+        for name, place in parameters(model.module).items()
+        if isinstance(place.module, Linear) and place.name == "weight" and part_of(name) in parts
+    }
     for target in targets:
         if not any(fits(name, target) for name in layers):
             raise InputError(f"{model.name} has no linear layer called '{target}'. q, k, v, o, ffn.0, ffn.2 are usual.")
     generator = torch.Generator().manual_seed(seed)
     changes = {
-        f"{name}.weight": new_change(layer, rank, generator).to(model.device)
+        f"{name}.weight": new_change(layer, rank, generator)
         for name, layer in layers.items()
         if any(fits(name, target) for target in targets)
     }
-    lora = Lora(name=f"LoRA for {model.name}", changes=changes)
+    if start is not None:
+        go_on(changes, start)
+    lora = Lora(f"LoRA for {model.name}", {name: change.to(model.device) for name, change in changes.items()})
     factors = {f"{name}.{role}": p for name, change in changes.items() for role, p in change.named_parameters()}
     details = {"base_model": model.name, "lora_rank": str(rank), "lora_alpha": str(rank)}
     return Trainee(model.with_lora(lora), factors, lambda path, facts: save_lora(lora, path, metadata=details | facts))
@@ -70,22 +106,97 @@ def new_change(layer: Linear, rank: int, generator: torch.Generator) -> LowRank:
         return LowRank(torch.zeros(layer.out_features, rank), down).requires_grad_(True)
 
 
-def whole_trunk(model: WanModel) -> Trainee:
-    """A copy of the trunk, in fp32 so that small steps are not lost; it is saved in the types that it came in."""
-    if any(isinstance(module, PackedLinear) for module in model.trunk.modules()):
-        raise ModelError(
-            f"The weights of {model.name} are packed into few bits, which cannot be trained. "
-            "Take the model in bf16, or train a LoRA."
-        )
-    types = {name: tensor.dtype for name, tensor in model.trunk.state_dict().items()}
-    with torch.inference_mode(False):
-        trunk = deepcopy(model.trunk).to(model.device, torch.float32).requires_grad_(True)
-    network = Network(trunk, model.module.vace, model.module.motion_controller)
-    copy = replace(model, module=network, residency=Residency(trunk))
-    return Trainee(copy, dict(trunk.named_parameters()), partial(write_trunk, trunk, types))
+def go_on(changes: Mapping[str, LowRank], start: Lora) -> None:
+    """Give new changes the numbers of a LoRA. Raises InputError where it has others than those."""
+    for name, change in changes.items():
+        known = start.changes.get(name)
+        if not (
+            isinstance(known, LowRank) and (known.up.shape, known.down.shape) == (change.up.shape, change.down.shape)
+        ):
+            raise InputError(
+                f"{start.name} has no factors of {name} of rank {change.down.shape[0]}. Go on from a LoRA of this "
+                "model, with the lora_rank, lora_base_model and lora_target_modules that it was trained with."
+            )
+        with torch.no_grad():
+            change.up.copy_(known.up * known.scale)
+            change.down.copy_(known.down)
 
 
-def write_trunk(trunk: DiT, types: Mapping[str, torch.dtype], path: Path, metadata: Mapping[str, str]) -> None:
-    tensors = {name: tensor.to(types[name]).contiguous() for name, tensor in trunk.state_dict().items()}
-    content = safetensors.torch.save(tensors, {"format": "pt", **metadata})
-    write_whole({path: lambda file: file.write_bytes(content)})
+# ---------------------------------------------------------------- whole parts
+
+
+def whole(model: WanModel, parts: Sequence[str] = ("dit",)) -> Trainee:
+    """Copies of whole parts, in fp32 so that small steps are not lost; they are saved in the types that they came in.
+
+    Trunk and VACE go into one file, as published; a motion controller into one of its own.
+    """
+    copies, types = {}, {}
+    for part in parts:
+        check_part(model, part)
+        module = getattr(model.module, TRAINABLE[part])
+        if any(isinstance(layer, PackedLinear) for layer in module.modules()):
+            raise ModelError(
+                f"The weights of {model.name} are packed into few bits, which cannot be trained. "
+                "Take the model in bf16, or train a LoRA."
+            )
+        types[part] = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        with torch.inference_mode(False):
+            copies[part] = deepcopy(module).to(model.device, torch.float32).requires_grad_(True)
+    own = {TRAINABLE[part]: copy for part, copy in copies.items()}
+    network = Network(**{name: own.get(name, getattr(model.module, name)) for name in TRAINABLE.values()})
+    beside = {name: Residency(own[name]) if name in own else held for name, held in model.beside.items()}
+    residency = Residency(own["trunk"]) if "trunk" in own else model.residency
+    fronts = {"motion_controller": "motion_controller."}  # the names of the others differ as they are
+    trained = {fronts.get(part, "") + name: p for part, copy in copies.items() for name, p in copy.named_parameters()}
+    copy = replace(model, module=network, residency=residency, beside=beside)
+    return Trainee(copy, trained, partial(write_parts, copies, types))
+
+
+def write_parts(
+    parts: Mapping[str, nn.Module],
+    types: Mapping[str, Mapping[str, torch.dtype]],
+    path: Path,
+    metadata: Mapping[str, str],
+) -> None:
+    files: dict[Path, dict[str, Tensor]] = {}
+    for part, module in parts.items():
+        alone = part != "motion_controller" or len(parts) == 1
+        tensors = files.setdefault(path if alone else beside(path, part), {})
+        tensors |= {name: tensor.to(types[part][name]).contiguous() for name, tensor in module.state_dict().items()}
+    contents = {file: safetensors.torch.save(tensors, {"format": "pt", **metadata}) for file, tensors in files.items()}
+    write_whole({file: partial(write_bytes, content=content) for file, content in contents.items()})
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+
+def beside(path: Path, what: str) -> Path:
+    """epoch-0.safetensors -> epoch-0.motion_controller.safetensors"""
+    return path.with_name(f"{path.stem}.{what}{path.suffix}")
+
+
+# ---------------------------------------------------------------- both
+
+
+def mixed(model: WanModel, trainable_models: Sequence[str], lora_base_model: Sequence[str], **lora_options) -> Trainee:
+    """A LoRA on some parts (see `new_lora` for its options), and others whole; either list may be empty, not both.
+
+    Beside a LoRA, whole parts are written into a file of their own, with their names behind the LoRA's.
+    """
+    if both := set(trainable_models) & set(lora_base_model):
+        raise InputError(f"{' and '.join(sorted(both))} cannot be trained whole and with a LoRA at once. Choose one.")
+    if not (trainable_models or lora_base_model):
+        raise InputError("Say what to train: lora_base_model dit for a LoRA, or trainable_models dit for all of it.")
+    if not lora_base_model:
+        return whole(model, trainable_models)
+    if not trainable_models:
+        return new_lora(model, parts=lora_base_model, **lora_options)
+    parts = whole(model, trainable_models)
+    lora = new_lora(parts.model, parts=lora_base_model, **lora_options)
+
+    def write(path: Path, metadata: Mapping[str, str]) -> None:
+        parts.write(beside(path, "-".join(trainable_models)), metadata)
+        lora.write(path, metadata)
+
+    return Trainee(lora.model, {**parts.parameters, **lora.parameters}, write)
