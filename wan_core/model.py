@@ -30,7 +30,7 @@ from .models.tokenizer import MAX_TOKENS, Tokenizer, Tokens
 from .models.vace import VACE
 from .models.vae import SPATIAL_STRIDE, VideoVAE
 from .offload.options import Offload
-from .offload.policy import Plan
+from .offload.policy import Plan, plan_all
 from .offload.recovery import Result, others_give, persist
 from .offload.residency import Residency
 from .room import decoding_room, encoding_room
@@ -61,6 +61,10 @@ class Engine:
         """Bytes of all weights on the compute device."""
         return sum(weights.total_bytes() for weights in self.weights)
 
+    def stored_bytes(self) -> int:
+        """Bytes of all weights where they rest, in files or in main memory."""
+        return sum(weights.stored_bytes() for weights in self.weights)
+
     def resident_bytes(self) -> int:
         """Bytes that `release` would give back; 0 where the weights are used in place."""
         return sum(weights.resident_bytes() for weights in self.weights)
@@ -85,14 +89,12 @@ class Engine:
 
         held: bytes of these weights that are there already, and do not count as taken; other arguments as for `limit`.
         """
-        budget, parameters, plans = offload.budget(room, held, memory), offload.persistent, []
+        if offload.persistent is None:
+            return plan_all([weights.sizes() for weights in self.weights], offload.budget(room, held, memory))
+        parameters, plans = offload.persistent, []
         for weights in self.weights:
-            if parameters is None:
-                plans.append(weights.plan(budget))
-                budget = None if budget is None else budget - plans[-1].peak(room=0)
-            else:
-                plans.append(weights.plan_parameters(parameters))
-                parameters -= weights.parameter_count(plans[-1])
+            plans.append(weights.plan_parameters(parameters))
+            parameters -= weights.parameter_count(plans[-1])
         return plans
 
     def passing_bytes(self) -> int:
@@ -249,7 +251,7 @@ class WanVAE(Engine):
 
     def plans(self, offload: Offload, room: int, memory: tuple[int, int] | None, held: int = 0) -> list[Plan]:
         """All stays: see `attached`."""
-        return [weights.plan(None) for weights in self.weights]
+        return plan_all([weights.sizes() for weights in self.weights], None)
 
     def encode(self, pixels: Tensor, **tiling) -> Tensor:
         """(b, 3, 4n+1, 8h, 8w) in -1..1 -> (b, 16, n+1, h, w). Tiling: tiled, tile_size, tile_stride, as the VAE's.

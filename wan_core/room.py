@@ -1,34 +1,65 @@
-"""How much memory a run needs beside the weights, so that a host can make room before it begins.
+"""How much memory a run needs beside the weights: numbers in, bytes out, nothing touched.
 
-The numbers were counted on the meta device (`tests/test_room.py` counts again): the tensors alive at the worst moment,
-without gradients. Estimates are a little above the count, never below.
+The host makes so much room before a phase begins, and the planner (wan_core/planning) tells it beforehand. The numbers
+are those of the tensors alive at the worst moment, without gradients: counted on the meta device by
+`tests/test_room.py`, and compared with the memory that whole runs take by `benchmarks/memory.py`.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from .models.dit import PATCH, DiTLayout
+from .models.dit import LATENT_CHANNELS, PATCH, DiTLayout
+from .models.image_encoder import ImageEncoderLayout
+from .models.layers import Linear
+from .models.text_encoder import UMT5Layout
 
 DECODE_CHANNELS, ENCODE_CHANNELS = 50, 40  # full-size channels alive at once, in units of the network's width
+FULL = torch.float32.itemsize
+ROTATION = torch.complex64.itemsize  # of a pair of numbers of a head
+LATENTS = 8  # as large as the canvas, in fp32: what is denoised, noise, the answers, the solver's memory
 
 
 def sampling_room(
     layout: DiTLayout, latent: tuple[int, ...], branches: int, dtype: torch.dtype, vace: bool = False
 ) -> int:
-    """Bytes for one step on latents (b, 16, T, h, w); branches is 2 where both prompts run as one batch.
+    """Bytes for one step on latents (b, 16, T, h, w), frames in front included; branches is 2 where both prompts run as
+    one batch.
 
     A block holds eight tensors as wide as the tokens, and VACE two beside them. Before the first block the timestep's
     projection, 6 dim^2 weights, is widened to fp32.
     """
     blocks = (11 if vace else 9) * branches * tokens_room(layout, latent, dtype)
-    return max(blocks, 7 * layout.dim**2 * torch.float32.itemsize)
+    return max(blocks, 7 * layout.dim**2 * FULL)
+
+
+def latents_room(latent: tuple[int, ...]) -> int:
+    """Bytes of what the sampler itself holds of latents (b, 16, T, h, w)."""
+    rows, _, frames, height, width = latent
+    return LATENTS * rows * LATENT_CHANNELS * frames * height * width * FULL
 
 
 def tokens_room(layout: DiTLayout, latent: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of one tensor of the tokens of latents (b, 16, T, h, w)."""
     rows, _, frames, height, width = latent
     return rows * frames * height * width // (PATCH[1] * PATCH[2]) * layout.dim * dtype.itemsize
+
+
+def text_room(layout: UMT5Layout, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes to read a prompt of so many tokens.
+
+    The position bias of all heads is alive all through a block, twice while it is made; then come the three hidden
+    layers of the feed-forward network.
+    """
+    bias = layout.heads * tokens**2 * dtype.itemsize
+    hidden = tokens * (3 * layout.dim + 3 * layout.ffn_dim) * dtype.itemsize
+    return bias + max(bias, hidden)
+
+
+def image_room(layout: ImageEncoderLayout, dtype: torch.dtype) -> int:
+    """Bytes to look at one picture."""
+    return layout.positions * (3 * layout.dim + 2 * layout.mlp_dim) * dtype.itemsize
 
 
 def decoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype) -> int:
@@ -39,3 +70,18 @@ def decoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype) -> i
 def encoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes to encode a clip of any length; arguments as for `decoding_room`."""
     return ENCODE_CHANNELS * width * picture[0] * picture[1] * dtype.itemsize
+
+
+def widened_room(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the largest matrix that is kept in fewer bits than are computed with: each call unpacks its own."""
+    sizes = (
+        layer.in_features * layer.out_features * dtype.itemsize
+        for layer in module.modules()
+        if isinstance(layer, Linear) and layer.weight.dtype.itemsize < dtype.itemsize
+    )
+    return max(sizes, default=0)
+
+
+def changed_room(layout: DiTLayout, dtype: torch.dtype) -> int:
+    """Bytes of the largest matrix of a block with a LoRA worked in: the change, and the sum."""
+    return 2 * layout.dim * layout.ffn_dim * dtype.itemsize

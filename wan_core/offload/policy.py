@@ -49,6 +49,20 @@ def plan(sizes: Sequence[int], budget: int | None, blocks: Sequence[int]) -> Pla
     return staying(sizes, blocks, residents(sizes, budget - passing(sizes, blocks), blocks))
 
 
+def plan_all(sets: Sequence[tuple[Sequence[int], Sequence[int]]], budget: int | None) -> list[Plan]:
+    """For several networks that run together and share a budget, each given as (sizes, blocks), the first served first.
+
+    What the later ones need in passing is kept for them.
+    """
+    least = [min(sum(sizes), passing(sizes, blocks)) for sizes, blocks in sets]
+    plans: list[Plan] = []
+    for number, (sizes, blocks) in enumerate(sets):
+        share = None if budget is None else budget - sum(least[number + 1 :])
+        plans.append(plan(sizes, share, blocks))
+        budget = None if budget is None else budget - plans[-1].peak(room=0)
+    return plans
+
+
 def staying(sizes: Sequence[int], blocks: Sequence[int], resident: Sequence[int]) -> Plan:
     """The plan in which these units stay."""
     streamed = tuple(sorted(set(range(len(sizes))) - set(resident)))

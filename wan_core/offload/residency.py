@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .policy import Plan, passing, plan, residents, staying
+from .policy import Plan, passing, residents, staying
 from .recovery import is_shortage
 from .streaming import Conveyor
 from .units import Unit, find_units
@@ -44,22 +44,21 @@ class Residency:
         """Bytes of all weights, as they would be on the compute device."""
         return sum(unit.bytes for unit in self._units)
 
+    def stored_bytes(self) -> int:
+        """Bytes of all weights where they rest."""
+        return sum(place.stored.nbytes for unit in self._units for place in unit.places)
+
     def resident_bytes(self) -> int:
         """Bytes of the copies held now: what `release()` would give back. 0 where weights are used in place."""
         return sum(unit.bytes for unit in self._units if unit.copies is not None)
 
     def passing_bytes(self) -> int:
         """Bytes that a run takes on the device beside the resident copies, where not all are resident."""
-        return passing(*self._sizes())
-
-    def plan(self, budget: int | None) -> Plan:
-        """What stays and what travels where the weights may take `budget` bytes, in passing ones included."""
-        sizes, blocks = self._sizes()
-        return plan(sizes, budget, blocks)
+        return passing(*self.sizes())
 
     def plan_parameters(self, count: int) -> Plan:
         """What stays and what travels where units of at most `count` parameters in all may stay."""
-        sizes, blocks = self._sizes()
+        sizes, blocks = self.sizes()
         counts = [unit.parameter_count for unit in self._units]
         return staying(sizes, blocks, residents(counts, count, blocks))
 
@@ -108,10 +107,10 @@ class Residency:
         return unit.copies is not None
 
     def _staying(self, room: int) -> list[int]:
-        sizes, blocks = self._sizes()
+        sizes, blocks = self.sizes()
         return residents(sizes, room, blocks)
 
-    def _sizes(self) -> tuple[list[int], list[int]]:
+    def sizes(self) -> tuple[list[int], list[int]]:
         """The bytes of every unit, and the numbers of those that are blocks."""
         return [unit.bytes for unit in self._units], [n for n, unit in enumerate(self._units) if unit.is_block]
 

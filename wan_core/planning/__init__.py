@@ -1,0 +1,1 @@
+"""What a run will need and take, told before a weight is read."""

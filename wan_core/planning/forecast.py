@@ -1,0 +1,136 @@
+"""What a graph will take of a machine: the phases, the machine, and the decisions that a run will make there.
+
+Where weights stay and travel is not estimated: it is decided by `Engine.plans`, the function that decides in the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..offload.options import Offload
+from ..offload.policy import Plan
+from .machines import Machine
+from .phases import Phase
+
+
+@dataclass(frozen=True)
+class Files:
+    """Weights on the disk: what they are, their bytes, and whether they are on this machine."""
+
+    name: str
+    bytes: int
+    missing: bool = False
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a phase takes of a machine. Sizes in bytes; seconds are of the whole phase."""
+
+    phase: Phase
+    machine: Machine
+    plans: tuple[Plan, ...]
+
+    @property
+    def resident(self) -> int:
+        """Of weights, all through the phase on the card."""
+        return sum(plan.resident_bytes for plan in self.plans)
+
+    @property
+    def passing(self) -> int:
+        return sum(plan.passing_bytes for plan in self.plans)
+
+    @property
+    def streamed(self) -> int:
+        """In each pass."""
+        return sum(plan.streamed_bytes for plan in self.plans)
+
+    @property
+    def vram(self) -> int:
+        """Peak of the whole card."""
+        taken = 0 if self.machine.vram is None else self.machine.taken
+        return taken + self.resident + self.passing + self.phase.room if self.machine.vram is not None else 0
+
+    @property
+    def fits(self) -> bool:
+        return (self.machine.vram is None or self.vram <= self.machine.vram) and self.ram <= self.machine.ram
+
+    @property
+    def ram(self) -> int:
+        """Peak of main memory that cannot be given back."""
+        ram = self.machine.base + self.phase.kept
+        if self.machine.vram is None:
+            return ram + self.phase.room
+        rests = self.phase.engine and any(weights.rest_on == "cpu" for weights in self.phase.engine.weights)
+        return ram + self.passing + (self.streamed if rests else 0)
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of the files that are read in the phase: the system keeps them in memory while there is room."""
+        return 0 if self.phase.engine is None else self.phase.engine.stored_bytes()
+
+    @property
+    def reread(self) -> int:
+        """Bytes that come from the disk in every pass, as main memory cannot hold them."""
+        if self.streamed or self.machine.vram is None:
+            return max(0, min(self.mapped, self.ram + self.mapped - self.machine.ram))
+        return 0
+
+    @property
+    def compute_seconds(self) -> float:
+        return self.phase.passes * self.phase.work / self.machine.rate
+
+    @property
+    def transfer_seconds(self) -> float:
+        """Of weights to the card, and from the disk where they do not stay in main memory."""
+        return self.phase.passes * (self.streamed / self.machine.bus + self.reread / self.machine.disk)
+
+    @property
+    def hidden(self) -> float:
+        """The share of the transfer that goes on behind the computing, 1 where there is none."""
+        return min(1.0, self.compute_seconds / self.transfer_seconds) if self.transfer_seconds else 1.0
+
+    @property
+    def seconds(self) -> float:
+        load = 0 if self.phase.engine is None else self.resident / self.machine.bus
+        return load + max(self.compute_seconds, self.transfer_seconds)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    machine: Machine
+    outlooks: tuple[Outlook, ...]
+    files: tuple[Files, ...] = ()
+
+    @cached_property
+    def vram(self) -> int:
+        return max(outlook.vram for outlook in self.outlooks)
+
+    @cached_property
+    def ram(self) -> int:
+        return max(outlook.ram for outlook in self.outlooks)
+
+    @property
+    def disk(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def fits(self) -> bool:
+        return all(outlook.fits for outlook in self.outlooks)
+
+    @property
+    def seconds(self) -> float:
+        return sum(outlook.seconds for outlook in self.outlooks)
+
+
+def forecast(phases: Sequence[Phase], machine: Machine, files: Sequence[Files] = ()) -> Forecast:
+    """What these phases take of the machine, one after the other."""
+    return Forecast(machine, tuple(outlook(phase, machine) for phase in phases), tuple(files))
+
+
+def outlook(phase: Phase, machine: Machine) -> Outlook:
+    engine = phase.engine
+    if engine is None or machine.vram is None:  # the processor uses weights where they lie
+        return Outlook(phase, machine, ())
+    return Outlook(phase, machine, tuple(engine.plans(engine.offload or Offload(), phase.room, machine.memory)))

@@ -1,0 +1,125 @@
+"""What a graph does, phase by phase: which engine runs, what it needs beside its weights, and how much it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..model import Engine, WanImageEncoder, WanModel, WanTextEncoder, WanVAE
+from ..models.dit import PATCH
+from ..models.tiling import Size, ladder, tiles
+from ..models.tokenizer import MAX_TOKENS
+from ..room import decoding_room, encoding_room, image_room, text_room
+from ..sampling.loop import Settings, in_front, working_room
+from ..size import PIXELS_PER_LATENT, pixel_size
+from .work import VAE_DECODE, VAE_ENCODE, coding_work, image_work, text_work, trunk_work
+
+FLOAT = 4  # bytes of a number of what waits between nodes
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A step of a run. Sizes in bytes.
+
+    engine  whose weights are used, None where there are none
+    room    on the compute device, for the run's own tensors
+    kept    in main memory: what this makes and what waits for later
+    passes  how often all weights are used, with `work` products and sums each time
+    detail  what a reader wants to know beside the numbers
+    """
+
+    name: str
+    engine: Engine | None = None
+    room: int = 0
+    kept: int = 0
+    passes: int = 1
+    work: float = 0.0
+    detail: str = ""
+
+
+def text_phase(encoder: WanTextEncoder) -> Phase:
+    """One prompt, of any length."""
+    layout = encoder.module.layout
+    room = text_room(layout, MAX_TOKENS, encoder.compute_dtype)
+    return Phase("text encoding", encoder, room, MAX_TOKENS * layout.dim * FLOAT, 1, text_work(layout))
+
+
+def image_phase(encoder: WanImageEncoder) -> Phase:
+    """One picture."""
+    layout = encoder.module.layout
+    room = image_room(layout, encoder.compute_dtype)
+    return Phase("image encoding", encoder, room, layout.positions * layout.dim * FLOAT, 1, image_work(layout))
+
+
+def encoding_phase(vae: WanVAE, frames: int, height: int, width: int, free: int | None, **tiling) -> Phase:
+    """A clip of this size, in pixels, where `free` bytes of the device are free (None: unknown). Tiling: the VAE's."""
+    shape = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+    room, share, detail = coding(vae, encoding_room, shape, free, tiling)
+    work = coding_work(width_of(vae), frames, height, width, VAE_ENCODE) * share
+    return Phase("VAE encoding", vae, room, 3 * frames * height * width * FLOAT, 1, work, detail)
+
+
+def decoding_phase(vae: WanVAE, latent: Sequence[int], free: int | None, **tiling) -> Phase:
+    """Latents (b, 16, T, h, w); the rest as for encoding."""
+    rows, _, *size = latent
+    frames, height, width = pixel_size(*size)
+    room, share, detail = coding(vae, decoding_room, tuple(size[1:]), free, tiling)
+    work = coding_work(width_of(vae), rows * frames, height, width, VAE_DECODE) * share
+    return Phase("VAE decoding", vae, room, rows * 3 * frames * height * width * FLOAT, 1, work, detail)
+
+
+def coding(vae: WanVAE, estimate: Callable, shape: Size, free: int | None, asked: dict) -> tuple[int, float, str]:
+    """The room for pictures of this shape of latents, how many times the picture is coded in all, and a word on tiles.
+
+    The steps down to smaller tiles, and the choice among them, are the VAE's own.
+    """
+
+    def room(size: Size) -> int:
+        pixels = tuple(PIXELS_PER_LATENT * side for side in size)
+        return estimate(width_of(vae), pixels, vae.compute_dtype)
+
+    chosen = ladder(shape, **asked).first(lambda size: free is None or room(size) <= free)
+    size = chosen.largest(shape)
+    if not chosen.tiled:
+        return room(size), 1.0, ""
+    found = tiles(shape, chosen.tile_size, chosen.tile_stride)
+    area = sum((tile.rows.end - tile.rows.begin) * (tile.columns.end - tile.columns.begin) for tile in found)
+    height, width = (PIXELS_PER_LATENT * side for side in size)
+    return room(size), area / (shape[0] * shape[1]), f"{len(found)} tiles of {width}x{height}"
+
+
+def width_of(vae: WanVAE) -> int:
+    return vae.module.encoder.conv1.out_channels
+
+
+def sampling_phase(
+    model: WanModel, latent: Sequence[int], settings: Settings, conditions: Sequence[object] = ()
+) -> Phase:
+    """Latents (b, 16, T, h, w)."""
+    layout, vace = model.layout, model.module.vace
+    rows, _, frames, height, width = latent
+    front, branches = in_front(conditions), 1 if settings.cfg == 1 else 2
+    spans = model.windows.spans(frames) if model.windows else [(0, frames)]
+    work = 0.0
+    for start, stop in spans:
+        tokens = (stop - start + front) * height * width // (PATCH[1] * PATCH[2])
+        work += trunk_work(layout, tokens, layout.image_positions or 257 * layout.image_tokens, vace and vace.layout)
+    calls = 1 if settings.cfg_merge else branches
+    detail = [f"{settings.steps} steps"]
+    detail += [f"{branches} prompts{' as one batch' if settings.cfg_merge else ''}"] if branches > 1 else []
+    detail += [f"{len(spans)} windows"] if len(spans) > 1 else []
+    detail += ["TeaCache will skip some"] if model.cache else []
+    return Phase(
+        "sampling",
+        model,
+        working_room(model, latent, settings, conditions),
+        kept=rows * 16 * frames * height * width * FLOAT,
+        passes=settings.steps * calls * len(spans),
+        work=rows * branches * work / (calls * len(spans)),
+        detail=", ".join(detail),
+    )
+
+
+def saving_phase(frames: int, height: int, width: int) -> Phase:
+    """A clip of this size in pixels, whose frames wait in main memory."""
+    return Phase("saving", kept=3 * frames * height * width * FLOAT)
