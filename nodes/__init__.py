@@ -7,9 +7,26 @@ import logging
 
 def node_classes() -> list[type]:
     """Every node class, in menu order."""
-    from . import camera, condition, load, lora, modules, offload, sample, speed_up, text, vace, vae, video
+    from . import (
+        camera,
+        condition,
+        dataset,
+        grid,
+        library,
+        load,
+        lora,
+        modules,
+        offload,
+        sample,
+        speed_up,
+        text,
+        train,
+        vace,
+        vae,
+        video,
+    )
 
-    menus = (load, text, condition, camera, vace, modules, lora, offload, speed_up, sample, vae, video)
+    menus = (load, text, condition, camera, vace, modules, lora, offload, library, speed_up, sample, vae, video, dataset, train, grid)
     return [node for menu in menus for node in menu.NODES]
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..wan_core.loading import catalog
-from ..wan_core.loading.load import WEIGHT_DTYPES, load_image_encoder, load_model, load_text_encoder, load_vae
+from ..wan_core.loading.load import load_image_encoder, load_model, load_text_encoder, load_vae
+from ..wan_core.loading.rounding import rounding_note
 from ..wan_core.models.attention import BACKENDS
+from ..wan_core.models.fp8 import has_products
+from ..wan_core.offload.quantize import STORAGE, UNSCALED
 from .host import host, io
+from .library import library_input, library_of
 from .wires import WanImageEncoder, WanModel, WanOffload, WanTextEncoder, WanVAE
 
 WEIGHT_DTYPE_TOOLTIP = "How the weights are kept in memory. auto keeps the file's own type."
+FP8_TOOLTIP = (
+    " fp8 takes half of bf16: the matrices of the blocks are rounded, with a scale for each row (_tensor: for each "
+    "matrix). _cast rounds everything without scales, as other programs do."
+)
 FILES_TOOLTIP = (
     "Overrides the choice above. A path, several paths (one shard a line), a folder, "
     "or model_id:pattern, which is downloaded from ModelScope when it is not on this machine."
@@ -29,9 +38,9 @@ def chosen(folder: str, name: str, files: str) -> str | Path:
     return name if name in catalog.BY_NAME else host.find_model(folder, name)
 
 
-def place(folder: str) -> dict:
-    """Where an engine computes, and where published models are looked for before any download."""
-    return {"device": host.device(), "folders": host.model_folders(folder)}
+def place(folder: str, library=None) -> dict:
+    """Where an engine computes, and where published models lie or come to."""
+    return {"device": host.device(), "library": library_of(folder, library)}
 
 
 def files_input() -> io.String.Input:
@@ -42,8 +51,16 @@ def offload_input() -> io.Custom.Input:
     return WanOffload.Input("offload", optional=True, tooltip="From Wan Offload: limits on memory. Without: automatic.")
 
 
-def dtype_input() -> io.Combo.Input:
-    return io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="auto", tooltip=WEIGHT_DTYPE_TOOLTIP)
+def dtype_input(choices: Iterable[str] = UNSCALED) -> io.Combo.Input:
+    tooltip = f"{WEIGHT_DTYPE_TOOLTIP}{FP8_TOOLTIP if choices is STORAGE else ''}"
+    return io.Combo.Input("weight_dtype", options=list(choices), default="auto", tooltip=tooltip)
+
+
+def told(engine):
+    """The engine, after a line on what its weights lost while they were loaded."""
+    if note := rounding_note(engine.module, engine.name):
+        host.say(note)
+    return engine
 
 
 class LoadModel(io.ComfyNode):
@@ -61,7 +78,7 @@ class LoadModel(io.ComfyNode):
                     default="WanTiny-T2V",
                     tooltip="A catalogued model or a file in models/diffusion_models. WanTiny is a built-in toy.",
                 ),
-                dtype_input(),
+                dtype_input(STORAGE),
                 io.Combo.Input(
                     "attention",
                     options=list(BACKENDS),
@@ -70,15 +87,25 @@ class LoadModel(io.ComfyNode):
                 ),
                 files_input(),
                 offload_input(),
+                library_input(),
+                io.Boolean.Input(
+                    "fp8_matmul",
+                    optional=True,
+                    default=False,
+                    tooltip="Multiply fp8 weights in fp8: faster on cards from the RTX 40 series on, but the pictures "
+                    "change a little more. Elsewhere without effect.",
+                ),
             ],
             outputs=[WanModel.Output(display_name="model", tooltip="For Wan Sampler.")],
         )
 
     @classmethod
-    def execute(cls, model, weight_dtype, attention, files="", offload=None):
+    def execute(cls, model, weight_dtype, attention, files="", offload=None, library=None, fp8_matmul=False):
         source = chosen("diffusion_models", model, files)
-        options = {"offload": offload, **place("diffusion_models")}
-        return io.NodeOutput(load_model(source, weight_dtype, attention, **options))
+        options = {"offload": offload, "fp8_matmul": fp8_matmul, **place("diffusion_models", library)}
+        if fp8_matmul and not has_products(options["device"]):
+            host.say(f"fp8_matmul is without effect: {options['device']} does not multiply 8-bit floats.")
+        return io.NodeOutput(told(load_model(source, weight_dtype, attention, **options)))
 
 
 class LoadTextEncoder(io.ComfyNode):
@@ -97,17 +124,26 @@ class LoadTextEncoder(io.ComfyNode):
                     tooltip="The encoder of a catalogued model, or a file in models/text_encoders. "
                     "WanTiny has its own; all other Wan 2.1 models share one.",
                 ),
-                dtype_input(),
+                dtype_input(STORAGE),
                 files_input(),
                 offload_input(),
+                library_input(),
+                io.String.Input(
+                    "tokenizer",
+                    optional=True,
+                    default="",
+                    tooltip="A folder with tokenizer.json or spiece.model, or model_id:pattern. Empty: the one in the "
+                    "encoder's file, beside it, or published with it.",
+                ),
             ],
             outputs=[WanTextEncoder.Output(display_name="text_encoder", tooltip="For Wan Prompt.")],
         )
 
     @classmethod
-    def execute(cls, text_encoder, weight_dtype, files="", offload=None):
+    def execute(cls, text_encoder, weight_dtype, files="", offload=None, library=None, tokenizer=""):
         source = chosen("text_encoders", text_encoder, files)
-        return io.NodeOutput(load_text_encoder(source, weight_dtype, offload=offload, **place("text_encoders")))
+        options = {"offload": offload, "tokenizer": tokenizer.strip(), **place("text_encoders", library)}
+        return io.NodeOutput(told(load_text_encoder(source, weight_dtype, **options)))
 
 
 class LoadVAE(io.ComfyNode):
@@ -128,13 +164,14 @@ class LoadVAE(io.ComfyNode):
                 ),
                 dtype_input(),
                 files_input(),
+                library_input(),
             ],
             outputs=[WanVAE.Output(display_name="vae", tooltip="For Wan VAE Encode and Wan VAE Decode.")],
         )
 
     @classmethod
-    def execute(cls, vae, weight_dtype, files=""):
-        return io.NodeOutput(load_vae(chosen("vae", vae, files), weight_dtype, **place("vae")))
+    def execute(cls, vae, weight_dtype, files="", library=None):
+        return io.NodeOutput(load_vae(chosen("vae", vae, files), weight_dtype, **place("vae", library)))
 
 
 class LoadImageEncoder(io.ComfyNode):
@@ -155,6 +192,7 @@ class LoadImageEncoder(io.ComfyNode):
                 ),
                 dtype_input(),
                 files_input(),
+                library_input(),
             ],
             outputs=[
                 WanImageEncoder.Output(
@@ -164,9 +202,9 @@ class LoadImageEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image_encoder, weight_dtype, files=""):
+    def execute(cls, image_encoder, weight_dtype, files="", library=None):
         source = chosen("clip_vision", image_encoder, files)
-        return io.NodeOutput(load_image_encoder(source, weight_dtype, **place("clip_vision")))
+        return io.NodeOutput(load_image_encoder(source, weight_dtype, **place("clip_vision", library)))
 
 
 NODES = [LoadModel, LoadTextEncoder, LoadVAE, LoadImageEncoder]

@@ -7,6 +7,7 @@ from ..wan_core.loading import catalog
 from ..wan_core.loading.load import add_module
 from .condition import conditions_input, conditions_output
 from .host import host, io
+from .library import library_input, library_of
 from .load import chosen, files_input
 from .wires import WanModel
 
@@ -31,14 +32,15 @@ class AddModule(io.ComfyNode):
                     "VACE part is taken.",
                 ),
                 files_input(),
+                library_input(),
             ],
             outputs=[WanModel.Output(display_name="model", tooltip="For Wan Sampler.")],
         )
 
     @classmethod
-    def execute(cls, model, module, files=""):
+    def execute(cls, model, module, files="", library=None):
         source = chosen("diffusion_models", module, files)
-        return io.NodeOutput(add_module(model, source, folders=host.model_folders("diffusion_models")))
+        return io.NodeOutput(add_module(model, source, library=library_of("diffusion_models", library)))
 
 
 class MotionSpeed(io.ComfyNode):

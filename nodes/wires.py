@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..wan_core.errors import InputError
 from ..wan_core.models.embedders import IMAGE_FEATURES
-from ..wan_core.room import encoding_room
-from ..wan_core.size import LATENT_CHANNELS
+from ..wan_core.room import decoding_room, encoding_room
+from ..wan_core.size import LATENT_CHANNELS, pixel_size
 from .host import host, io
 
 WanModel = io.Custom("WAN_MODEL")
@@ -20,7 +20,9 @@ WanImageEncoder = io.Custom("WAN_IMAGE_ENCODER")
 WanVAE = io.Custom("WAN_VAE")
 WanConditions = io.Custom("WAN_CONDITIONS")
 WanLora = io.Custom("WAN_LORA")
+WanDataset = io.Custom("WAN_DATASET")
 WanOffload = io.Custom("WAN_OFFLOAD")
+WanLibrary = io.Custom("WAN_LIBRARY")
 
 
 def latent_samples(latent: dict[str, Any], name: str = "latent") -> Tensor:
@@ -66,6 +68,18 @@ def encode_with(vae: Any) -> Callable[[Tensor], Tensor]:
             return vae.encode(pixels)
 
     return encode
+
+
+def decode_with(vae: Any) -> Callable[[Tensor], Tensor]:
+    """Raw latents (1, 16, T, h, w) -> frames (F, H, W, 3) in 0..1."""
+
+    def decode(latents: Tensor) -> Tensor:
+        _, *picture = pixel_size(*latents.shape[2:])
+        width = vae.module.encoder.conv1.out_channels
+        with host.attached(vae, decoding_room(width, tuple(picture), vae.compute_dtype)):
+            return (vae.decode(latents)[0].float() / 2 + 0.5).clamp(0, 1).movedim(0, -1)
+
+    return decode
 
 
 def look_with(image_encoder: Any) -> Callable[[Tensor], Tensor] | None:

@@ -16,17 +16,17 @@ TOWER = (
     ("errors",),
     ("size", "compute", "fit", "saving", "trajectory", "offload", "loading.catalog", "loading.keymaps"),
     ("models", "video", "viewfinder"),
-    ("adapters", "lora", "room"),
+    ("adapters", "lora", "room", "parallel"),
     ("sampling.teacache", "sampling.windows"),
     ("model",),
     ("loading", "sampling"),
-    ("training",),
+    ("training", "planning"),
     ("tiny",),
 )
 FLOOR = {part: number for number, parts in enumerate(TOWER) for part in parts}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview",
            "node_helpers", "nodes", "server"}  # fmt: skip
-KNOWN_TO_CORE = {"ftfy", "gguf", "imageio_ffmpeg", "modelscope", "numpy", "PIL", "safetensors", "sentencepiece",
+KNOWN_TO_CORE = {"ftfy", "gguf", "imageio_ffmpeg", "numpy", "PIL", "safetensors", "sentencepiece",
                  "tokenizers", "torch"}  # fmt: skip
 KNOWN_TO_ATTENTION = {"flash_attn", "flash_attn_interface", "sageattention"}
 

@@ -5,7 +5,6 @@ import math
 import re
 import struct
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from comfyui_wanflow.wan_core.errors import FileError, InputError, ModelError
 from comfyui_wanflow.wan_core.loading import catalog, download, sources
 from comfyui_wanflow.wan_core.loading.catalog import Source
+from comfyui_wanflow.wan_core.loading.download import Library
 from comfyui_wanflow.wan_core.loading.identify import KINDS, identify
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.model import WanModel, WanTextEncoder, WanVAE
@@ -384,93 +384,37 @@ class TestSources:
         home = tmp_path / "library" / "Wan-AI" / "Wan2.1-T2V-1.3B"
         home.mkdir(parents=True)
         (tmp_path / "google").rename(home / "google")
-        assert load_text_encoder(alone, folders=[tmp_path / "library"]).encode(["red"])[1] == (2,)
+        assert load_text_encoder(alone, library=Library((tmp_path / "library",))).encode(["red"])[1] == (2,)
 
 
-class TestDownload:
-    SOURCE = Source("Org/Some-Model", "diffusion_pytorch_model*.safetensors")
-
-    @pytest.fixture(autouse=True)
-    def empty_machine(self, tmp_path, monkeypatch):
-        """Works in an empty folder, with a ModelScope that notes what it is asked for and delivers two parts."""
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.delenv("WANFLOW_OFFLINE", raising=False)
-        self.asked = []
-
-        def snapshot_download(model_id, allow_file_pattern, local_dir):
-            self.asked.append((model_id, allow_file_pattern))
-            self.put(Path(local_dir), 1, 2)
-
-        monkeypatch.setitem(
-            sys.modules, "modelscope", types.SimpleNamespace(snapshot_download=snapshot_download)
-        )
-
-    @staticmethod
-    def put(folder, *numbers):
-        folder.mkdir(parents=True, exist_ok=True)
-        for i in numbers:
-            (folder / f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors").write_bytes(b"x")
-
-    @pytest.mark.parametrize("place", ["Org/Some-Model", "Some-Model"])
-    def test_model_folders_come_first(self, tmp_path, place):
-        self.put(tmp_path / "library" / place, 1, 2)
-        assert len(download.fetch(self.SOURCE, [tmp_path / "library"])) == 2
-        assert self.asked == []
-
-    def test_the_local_folder_comes_before_the_network(self):
-        self.put(Path("models/Org/Some-Model"), 1, 2)
-        assert len(download.fetch(self.SOURCE)) == 2
-        assert self.asked == []
-
+class TestPublished:
     def test_common_files_may_lie_directly_in_a_model_folder(self, tmp_path):
+        library = Library((tmp_path,))
         (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"x")
         (tmp_path / "model.safetensors").write_bytes(b"x")
-        assert download.fetch(Source("Org/M", "Wan2.1_VAE.pth"), [tmp_path]) == [tmp_path / "Wan2.1_VAE.pth"]
-        with pytest.raises(FileError, match="has no files 'model.safetensors'"):  # the name says nothing
-            download.fetch(Source("Org/M", "model.safetensors"), [tmp_path])
+        assert download.find(Source("Org/M", "Wan2.1_VAE.pth"), library) == [tmp_path / "Wan2.1_VAE.pth"]
+        assert download.find(Source("Org/M", "model.safetensors"), library) == []  # the name says nothing
 
-    def test_downloads_what_is_missing(self):
-        found = download.fetch(self.SOURCE)
-        assert [path.parent for path in found] == [Path("models/Org/Some-Model")] * 2
-        assert self.asked == [("Org/Some-Model", "diffusion_pytorch_model*.safetensors")]
-
-    def test_an_interrupted_download_goes_on(self):
-        self.put(Path("models/Org/Some-Model"), 1)
-        assert len(download.fetch(self.SOURCE)) == 2
-        assert len(self.asked) == 1
-
-    def test_folders(self):
-        folder = Path("models/Org/Some-Model/google/umt5-xxl")
-        self.put(folder)
-        (folder / "tokenizer.json").write_text("{}")
-        assert download.fetch(Source("Org/Some-Model", "google/umt5-xxl/")) == [folder]
-        assert self.asked == []
-
-    def test_offline(self, monkeypatch):
-        monkeypatch.setenv("WANFLOW_OFFLINE", "1")
-        with pytest.raises(FileError, match="Org/Some-Model:diffusion.* WANFLOW_OFFLINE forbids downloads. Put"):
-            download.fetch(self.SOURCE)
-        assert self.asked == []
-
-    def test_without_the_package(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "modelscope", None)
-        with pytest.raises(FileError, match="needs the package modelscope. Install it with 'pip install modelscope'"):
-            download.fetch(self.SOURCE)
-
-    def test_a_failing_network(self, monkeypatch):
-        def fails(*_, **__):
-            raise ConnectionError("no route to host")
-
-        monkeypatch.setattr(sys.modules["modelscope"], "snapshot_download", fails)
-        with pytest.raises(FileError, match=r"Downloading Org/Some-Model.* failed \(no route to host\)"):
-            download.fetch(self.SOURCE)
-
-    def test_a_model_id_as_source(self, weights):
+    def test_a_model_id_as_source(self, weights, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
         folder = Path("models/Org/Some-Model")
         folder.mkdir(parents=True)
         save_file(weights["dit"], folder / "diffusion_pytorch_model.safetensors")
         assert load_model("Org/Some-Model:diffusion_pytorch_model*.safetensors").layout == DIT
         assert load_model("Org/Some-Model:").layout == DIT
+
+
+    def test_a_tokenizer_by_name(self, files, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        home = tmp_path / "models" / "Org" / "Words"
+        home.mkdir(parents=True)
+        (tmp_path / "google").rename(home / "google")
+        file = home / "google" / "umt5-xxl" / "tokenizer.json"
+        for named in (str(file.parent), str(file), "Org/Words:google/*", "Org/Words:google/umt5-xxl/"):
+            encoder = load_text_encoder(files["text_encoder"], tokenizer=named)
+            assert encoder.tokenizer.vocabulary.encode("red") == [4]
+        with pytest.raises(FileError, match="There is no tokenizer in nowhere"):
+            load_text_encoder(files["text_encoder"], tokenizer="nowhere")
 
 
 class TestCatalog:

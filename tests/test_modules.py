@@ -11,6 +11,7 @@ from comfyui_wanflow.wan_core.adapters.injection import Canvas, inject
 from comfyui_wanflow.wan_core.adapters.speed import SpeedCondition
 from comfyui_wanflow.wan_core.adapters.vace import VACECondition
 from comfyui_wanflow.wan_core.errors import FileError, InputError, ModelError
+from comfyui_wanflow.wan_core.loading.download import Library
 from comfyui_wanflow.wan_core.loading.load import add_module, load_model
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
 from comfyui_wanflow.wan_core.models.embedders import MotionController
@@ -86,11 +87,11 @@ def test_published_modules_by_their_names(files, tmp_path):
     for name, place in places.items():
         (tmp_path / place).parent.mkdir(parents=True)
         files[name].rename(tmp_path / place)
-    base = load_model("Wan2.1-T2V-1.3B", device="cpu", folders=[tmp_path])
+    base = load_model("Wan2.1-T2V-1.3B", device="cpu", library=Library((tmp_path,)))
     assert base.module.vace is base.module.motion_controller is None
-    assert add_module(base, "Wan2.1-VACE-1.3B", folders=[tmp_path]).module.vace is not None
-    added = add_module(base, "Wan2.1-1.3b-speedcontrol-v1", folders=[tmp_path])
-    named = load_model("Wan2.1-1.3b-speedcontrol-v1", device="cpu", folders=[tmp_path])
+    assert add_module(base, "Wan2.1-VACE-1.3B", library=Library((tmp_path,))).module.vace is not None
+    added = add_module(base, "Wan2.1-1.3b-speedcontrol-v1", library=Library((tmp_path,)))
+    named = load_model("Wan2.1-1.3b-speedcontrol-v1", device="cpu", library=Library((tmp_path,)))
     slow, fast = (video(named, SpeedCondition(speed)) for speed in (0, 100))
     assert (slow - fast).norm() > 1e-4 * slow.norm()
     torch.testing.assert_close(video(added, SpeedCondition(100)), fast)

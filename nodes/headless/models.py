@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ...wan_core.errors import InputError
+from ...wan_core.loading.catalog import BY_NAME, CATALOG, Row, Source
+from ...wan_core.loading.download import Library, check_room, fetch, find, order, remote_files
+from ...wan_core.loading.hub import in_words
 from ..host.standalone import host
 from .validate import nearest
 
@@ -23,57 +27,119 @@ FOLDERS = {  # where the host keeps each kind of file that catalogue rows name
 def add_models(commands: Any) -> None:
     models = commands.add_parser("models", help="list the published models, and what of them is on this machine")
     models.add_argument("model", nargs="?", help="a model's name, such as Wan2.1-T2V-1.3B, to see its files")
+    models.add_argument("--sizes", action="store_true", help="ask ModelScope how large the missing files are")
     models.set_defaults(command=models_command)
     download = commands.add_parser(
         "download",
         help="fetch a published model from ModelScope",
-        description="Fetch from ModelScope what is missing of a published model, into ./models/ORGANISATION/MODEL. "
-        "Needs the package modelscope. A download that was interrupted goes on.",
+        description="Fetch from ModelScope what is missing of a published model, into ORGANISATION/MODEL of the models "
+        "folder. A download that was interrupted goes on.",
     )
-    download.add_argument("model", help="a model's name, such as Wan2.1-T2V-1.3B; `wanflow models` lists them")
+    download.add_argument(
+        "model",
+        help="a model's name, such as Wan2.1-T2V-1.3B (`wanflow models` lists them), or model_id:pattern for any files "
+        "on ModelScope",
+    )
     download.set_defaults(command=download_command)
     for command in (models, download):
-        command.add_argument("--models-dir", type=Path, metavar="FOLDER", help="where the model folders are (./models)")
+        add_library(command)
+
+
+def add_library(parser: Any) -> None:
+    """The arguments that say where published models lie and come from."""
+    parser.add_argument(
+        "--models-dir", "--local_model_path", type=Path, metavar="FOLDER", help="where the model folders are (./models)"
+    )
+    parser.add_argument("--skip_download", action="store_true", help="never contact ModelScope")
+    parser.add_argument(
+        "--redirect_common_files",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take text encoder, VAE and image encoder, which all repositories share, from one of them (yes)",
+    )
+
+
+def library_for(kind: str, options: argparse.Namespace) -> Library:
+    """The library for a kind of file, from the arguments of `add_library`."""
+    from ..library import library_of
+
+    host.models_dir = options.models_dir or host.models_dir
+    choices = Library((), host.models_dir, options.skip_download, options.redirect_common_files)
+    return library_of(FOLDERS[kind], choices)
 
 
 def models_command(options: argparse.Namespace) -> int:
-    from ...wan_core.loading.catalog import CATALOG
-
-    host.models_dir = options.models_dir or host.models_dir
     if options.model is not None:
         for kind, source in row_of(options.model).files.items():
-            found = ", ".join(map(str, on_this_machine(kind, source)))
-            print(f"{kind.replace('_', ' ')}: {found or f'missing, {source}'}")
+            print(f"{kind.replace('_', ' ')}: {file_line(kind, source, options)}")
         return 0
     width = max(len(row.name) for row in CATALOG)
     for row in CATALOG:
-        missing = [kind.replace("_", " ") for kind, source in row.files.items() if not on_this_machine(kind, source)]
-        print(f"{row.name:{width}}  {'missing: ' + ', '.join(missing) if missing else 'here'}")
+        print(f"{row.name:{width}}  {row_line(row, options)}")
     return 0
 
 
-def download_command(options: argparse.Namespace) -> int:
-    from ...wan_core.loading.sources import located
+def row_line(row: Row, options: argparse.Namespace) -> str:
+    """What is missing of a model, or how large it is."""
+    found = {kind: on_this_machine(kind, source, options) for kind, source in row.files.items()}
+    missing = [
+        kind.replace("_", " ") + size_of_missing(row.files[kind], options)
+        for kind, files in found.items()
+        if not files
+    ]
+    if missing:
+        return f"missing: {', '.join(missing)}"
+    return f"here, {in_words(sum(map(size_on_disk, chain(*found.values()))))}"
 
-    host.models_dir = options.models_dir or host.models_dir
-    for kind, source in row_of(options.model).files.items():
-        for path in located(source, host.model_folders(FOLDERS[kind])):
+
+def file_line(kind: str, source: Source, options: argparse.Namespace) -> str:
+    """Where the files of a kind lie, or where they would come from."""
+    if found := on_this_machine(kind, source, options):
+        return f"{', '.join(map(str, found))} ({in_words(sum(map(size_on_disk, found)))})"
+    return f"missing, {source}{size_of_missing(source, options)}"
+
+
+def size_on_disk(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def size_of_missing(source: Source, options: argparse.Namespace) -> str:
+    """In brackets, if it was asked for."""
+    return f" ({in_words(sum(file.size for file in remote_files(source)))})" if options.sizes else ""
+
+
+def download_command(options: argparse.Namespace) -> int:
+    files = asked_for(options.model)
+    missing = [(kind, source) for kind, source in files if not on_this_machine(kind, source, options)]
+    libraries = {kind: library_for(kind, options) for kind, _ in files}
+    if len(missing) > 1 and not libraries[missing[0][0]].offline:
+        orders = [order(source, libraries[kind]) for kind, source in missing]
+        needed = sum(order.total - order.begun for order in orders)
+        check_room(host.models_dir, needed, options.model)
+        host.say(f"{options.model}: {in_words(needed)} to download.")
+    for kind, source in files:
+        for path in on_this_machine(kind, source, options) or fetch(source, libraries[kind]):
             print(path, flush=True)
     return 0
 
 
-def row_of(name: str) -> Any:
-    """The catalogue's row of this name."""
-    from ...wan_core.loading.catalog import BY_NAME
+def asked_for(text: str) -> list[tuple[str, Source]]:
+    """(kind, source) of each part of what `wanflow download` was asked for; of files by id and pattern, as if for a
+    diffusion model."""
+    model_id, colon, pattern = text.partition(":")
+    return [("dit", Source(model_id, pattern))] if colon else list(row_of(text).files.items())
 
+
+def row_of(name: str) -> Row:
+    """The catalogue's row of this name."""
     if name not in BY_NAME:
         raise InputError(f"There is no published model {name!r}{nearest(name, BY_NAME)}. `wanflow models` lists them.")
     return BY_NAME[name]
 
 
-def on_this_machine(kind: str, source: Any) -> list[Path]:
+def on_this_machine(kind: str, source: Source, options: argparse.Namespace) -> list[Path]:
     """The files of a source if they are all here; nobody is asked for them."""
-    from ...wan_core.loading.download import find
-    from ...wan_core.loading.sources import located
+    from ...wan_core.loading.sources import BUNDLED
 
-    return find(source, host.model_folders(FOLDERS[kind])) if source.model_id else located(source, ())
+    return find(source, library_for(kind, options)) if source.model_id else [BUNDLED / source.pattern]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...wan_core.errors import InputError
 from ..host.standalone import host
+from .models import add_library, library_for
 
 REFERENCE_PREFIX = "pipe.dit."  # its scripts strip this from names; ours never have it
 
@@ -53,6 +54,8 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--model_paths", type=path_list, default=[], help='a JSON list: ["a.safetensors", ["shard", …]]')
     model.add_argument("--model_id_with_origin_paths", type=names, default=[], help="id:pattern,id:pattern, ModelScope")
+    model.add_argument("--tokenizer_path", default="", help="a folder, or id:pattern (the one published for all models)")
+    add_library(model)
     model.add_argument("--trainable_models", choices=["dit"], help="train the whole model")
     model.add_argument("--lora_base_model", choices=["dit"], help="train a LoRA")
     model.add_argument(
@@ -175,9 +178,14 @@ def load_engines(options: argparse.Namespace) -> dict[str, Any]:
             raise InputError(
                 f"No {example} is among the models. Name it in --model_paths or --model_id_with_origin_paths."
             )
-    folders = host.model_folders("diffusion_models")
     wanted = [kind for kind in loaders if kind in found and (kind != "image_encoder" or options.extra_inputs)]
-    return {kind: loaders[kind](found[kind], device=host.device(), folders=folders) for kind in wanted}
+    extras = {"text_encoder": {"tokenizer": options.tokenizer_path}}
+    return {
+        kind: loaders[kind](
+            found[kind], device=host.device(), library=library_for(kind, options), **extras.get(kind, {})
+        )
+        for kind in wanted
+    }
 
 
 def sources(options: argparse.Namespace) -> Iterator[tuple[str, list[Path]]]:
@@ -192,6 +200,6 @@ def sources(options: argparse.Namespace) -> Iterator[tuple[str, list[Path]]]:
         model_id, colon, pattern = entry.partition(":")
         if not colon:
             raise InputError(f"'{entry}' names no model. Write model_id:pattern.")
-        listed.append(fetch(Source(model_id, pattern), host.model_folders("diffusion_models")))
+        listed.append(fetch(Source(model_id, pattern), library_for("dit", options)))
     for files in listed:
         yield identify(open_checkpoint(files).shapes).kind, files

@@ -144,7 +144,7 @@ class StandaloneHost:
         raise FileError(f"There is no file {name!r}. Looked for {' and '.join(map(str, candidates))}.")
 
     def input_folder(self, name: str) -> Path:
-        """The folder of clips that a workflow calls `name`: below the input folder, any by its path, or a shipped one."""
+        """The folder of clips called `name`: below the input folder, anywhere by its path, or a shipped one."""
         return folder_of_clips(name, self.input_dir())
 
     def output_folder(self, name: str) -> Path:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..compute import compute_dtype, default_device
 from ..errors import FileError, InputError
@@ -21,27 +20,27 @@ from ..models.dit import DiT, DiTLayout
 from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder, ImageEncoderLayout
 from ..models.network import Network
-from ..models.packed import Packed, keep_packed
+from ..models.packed import Packed, keep_packed, multiply_in_fp8
 from ..models.text_encoder import UMT5Encoder, UMT5Layout
 from ..models.tokenizer import PieceVocabulary, Tokenizer
 from ..models.vace import VACE, VACELayout
 from ..models.vae import VideoVAE
 from ..offload.options import Offload
+from ..offload.quantize import UNSCALED, matrices, storage
 from ..offload.residency import Residency
-from ..offload.units import is_matrix
 from . import catalog
 from .checkpoint import Checkpoint, open_checkpoint
+from .download import PLAIN, Library
 from .identify import expect, identify
 from .keymaps import is_marker
+from .outline import Outline
+from .rounding import kept
 from .sources import resolve, tokenizer_folder
-
-# "auto" keeps every tensor as it is stored; the others convert the matrices, not norms, biases and modulations.
-WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 EMBEDDED_TOKENIZER = "spiece_model"  # ComfyUI's repackaged text encoders hold it as a tensor of bytes
 VACE_PREFIX = "vace_"  # of all its tensors, which lie beside the trunk's in whole models
 
-Source = str | os.PathLike | Iterable
+Source = str | os.PathLike | Iterable | Checkpoint
 
 
 def load_model(
@@ -49,33 +48,42 @@ def load_model(
     weight_dtype: str = "auto",
     attention: str = "auto",
     device: torch.device | str | None = None,
-    folders: Iterable[Path] = (),
+    library: Library = PLAIN,
     offload: Offload | None = None,
+    fp8_matmul: bool = False,
 ) -> WanModel:
     """Load a diffusion model.
 
-    source: a path, a list of parts (or a text with one a line), a folder, a catalogued name, or "model_id:pattern".
-    folders: where to look for published models before any download.
+    source: a path, a list of parts (or a text with one a line), a folder, a catalogued name, or "model_id:pattern";
+    also a checkpoint that is open already (an outline gives an engine without numbers, see outline.py).
+    library: where published models lie, and may be downloaded to.
     offload: where the weights rest, and how much of the compute device they may take.
+    fp8_matmul: multiply what is in 8-bit floats in them, where the device can; elsewhere it is widened as without.
     Raises FileError or InputError in words for everything that can be wrong.
     """
     backend = check_backend(attention)
     weight_dtype = offload.weight_dtype(weight_dtype) if offload else weight_dtype
-    checkpoint = _open(source, "dit", folders)
+    checkpoint = _open(source, "dit", library)
     layout = DiTLayout.from_shapes(checkpoint.shapes)
     trunk = build(lambda: DiT(layout), checkpoint.part(lambda name: not name.startswith(VACE_PREFIX)), weight_dtype)
+    vace = _vace(checkpoint, weight_dtype)
+    if fp8_matmul and not sum(multiply_in_fp8(part, matrices(part)) for part in (trunk, vace) if part):
+        raise InputError(
+            f"fp8_matmul multiplies weights in 8-bit floats, and {checkpoint.description} has none. "
+            "Set weight_dtype to fp8_e4m3fn, or fp8_matmul to false."
+        )
     row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
     extras = {"preset": row.preset} if row else {}
     engine = _engine(trunk, source, checkpoint, device, offload=offload) | {"module": Network(trunk)}
     model = WanModel(layout=layout, attention=backend, **extras, **engine)
-    if vace := _vace(checkpoint, weight_dtype):
+    if vace:
         model = model.with_module(vace)
     if row and "motion_controller" in row.files:
-        model = add_module(model, source, weight_dtype, folders)
+        model = add_module(model, source, weight_dtype, library)
     return model
 
 
-def add_module(model: WanModel, source: Source, weight_dtype: str = "auto", folders: Iterable[Path] = ()) -> WanModel:
+def add_module(model: WanModel, source: Source, weight_dtype: str = "auto", library: Library = PLAIN) -> WanModel:
     """`model` with a VACE module or a motion speed controller, which comes in a file of its own.
 
     A whole VACE model is taken too: its VACE part is added. Other arguments as for `load_model`; raises FileError,
@@ -83,7 +91,7 @@ def add_module(model: WanModel, source: Source, weight_dtype: str = "auto", fold
     """
     row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
     kind = "dit" if row and "vace" in row.adapters else "motion_controller" if row else "vace_module"
-    checkpoint = open_checkpoint(resolve(source, kind, folders), kind)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source, kind, library), kind)
     if vace := _vace(checkpoint, weight_dtype):
         return model.with_module(vace)
     expect(identify(checkpoint.shapes), "motion_controller", checkpoint.description)
@@ -102,30 +110,41 @@ def load_text_encoder(
     source: Source,
     weight_dtype: str = "auto",
     device: torch.device | str | None = None,
-    folders: Iterable[Path] = (),
+    library: Library = PLAIN,
     offload: Offload | None = None,
+    tokenizer: str = "",
 ) -> WanTextEncoder:
-    """Load a text encoder with its tokenizer; arguments and errors as for `load_model`."""
+    """Load a text encoder; other arguments and errors as for `load_model`.
+
+    tokenizer: a folder, or "model_id:pattern"; "" is the one in the encoder's file, beside it, or published with it.
+    """
     weight_dtype = offload.weight_dtype(weight_dtype) if offload else weight_dtype
-    checkpoint = _open(source, "text_encoder", folders)
-    if EMBEDDED_TOKENIZER in checkpoint.shapes:
+    checkpoint = _open(source, "text_encoder", library)
+    if isinstance(checkpoint, Outline):
+        words = None  # nothing will be read with it
+    elif EMBEDDED_TOKENIZER in checkpoint.shapes and not tokenizer:
         pieces = bytes(checkpoint.tensor(EMBEDDED_TOKENIZER).tolist())
-        tokenizer = Tokenizer(PieceVocabulary(pieces, checkpoint.description))
+        words = Tokenizer(PieceVocabulary(pieces, checkpoint.description))
     else:
-        tokenizer = Tokenizer.open(tokenizer_folder(source, checkpoint.files, folders))
+        words = Tokenizer.open(tokenizer_folder(source, checkpoint.files, library, tokenizer))
     layout = UMT5Layout.from_shapes(checkpoint.shapes)
     module = build(lambda: UMT5Encoder(layout), checkpoint, weight_dtype)
-    return WanTextEncoder(tokenizer=tokenizer, **_engine(module, source, checkpoint, device, offload=offload))
+    return WanTextEncoder(tokenizer=words, **_engine(module, source, checkpoint, device, offload=offload))
 
 
 def load_vae(
     source: Source,
     weight_dtype: str = "auto",
     device: torch.device | str | None = None,
-    folders: Iterable[Path] = (),
+    library: Library = PLAIN,
 ) -> WanVAE:
-    """Load a VAE; arguments and errors as for `load_model`."""
-    checkpoint = _open(source, "vae", folders)
+    """Load a VAE; arguments and errors as for `load_model`. There is no 8-bit type for it."""
+    if storage(weight_dtype).is_narrow:
+        raise InputError(
+            f"weight_dtype '{weight_dtype}' is for linear layers, and a VAE is made of convolutions. "
+            f"Choose one of {', '.join(UNSCALED)}."
+        )
+    checkpoint = _open(source, "vae", library)
     module = build(lambda: VideoVAE.from_shapes(checkpoint.shapes), checkpoint, weight_dtype)
     target = torch.device(device) if device is not None else default_device()
     # On a CPU its fast forms are those of fp32; 16 bits would save a quarter of the time and cost 1 % of the picture.
@@ -137,10 +156,10 @@ def load_image_encoder(
     source: Source,
     weight_dtype: str = "auto",
     device: torch.device | str | None = None,
-    folders: Iterable[Path] = (),
+    library: Library = PLAIN,
 ) -> WanImageEncoder:
     """Load a CLIP image encoder; arguments and errors as for `load_model`. What Wan does not use of it stays unread."""
-    checkpoint = _open(source, "image_encoder", folders)
+    checkpoint = _open(source, "image_encoder", library)
     layout = ImageEncoderLayout.from_shapes(checkpoint.shapes)
     module = build(lambda: ImageEncoder(layout), checkpoint.part(layout.reads), weight_dtype)
     return WanImageEncoder(**_engine(module, source, checkpoint, device))
@@ -151,30 +170,25 @@ def build(make: Callable[[], nn.Module], checkpoint: Checkpoint, weight_dtype: s
 
     Raises FileError that names missing, unexpected or misshapen tensors; InputError for an unknown weight_dtype.
     """
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise InputError(f"There is no weight_dtype '{weight_dtype}'. Choose one of {', '.join(WEIGHT_DTYPES)}.")
+    wanted = storage(weight_dtype)
     with torch.inference_mode(False), torch.device("meta"):
         module = make()
     _check_names({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, checkpoint)
     with torch.inference_mode(False), torch.no_grad():
-        tensors = {}
+        tensors, narrow = {}, matrices(module)
         for name in module.state_dict():
-            stored, dtype = checkpoint.stored(name), WEIGHT_DTYPES[weight_dtype]
+            stored = kept(name, checkpoint.stored(name), wanted, narrow)
             if isinstance(stored, Packed):
-                if dtype is None and keep_packed(module, name, stored):
+                if keep_packed(module, name, stored):
                     continue
-                stored = stored.numbers(dtype or torch.float32)
-            tensors[name] = _converted(name, stored, dtype)
+                stored = stored.numbers()
+            tensors[name] = stored
         module.load_state_dict(tensors, assign=True, strict=False)  # the names were checked, packed ones are in place
     return module.requires_grad_(False).eval()
 
 
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype and is_matrix(name, tensor) else tensor
-
-
-def _open(source: Source, kind: str, folders: Iterable[Path]) -> Checkpoint:
-    checkpoint = open_checkpoint(resolve(source, kind, folders), kind)
+def _open(source: Source, kind: str, library: Library) -> Checkpoint:
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source, kind, library), kind)
     expect(identify(checkpoint.shapes), kind, checkpoint.description)
     return checkpoint
 

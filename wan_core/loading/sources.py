@@ -11,7 +11,7 @@ from ..errors import FileError
 from . import catalog
 from .catalog import Source
 from .checkpoint import open_checkpoint
-from .download import fetch
+from .download import PLAIN, Library, fetch
 from .identify import KINDS, identify
 from .shards import INDEX_SUFFIX, WEIGHT_SUFFIXES, group
 
@@ -21,10 +21,10 @@ SUBFOLDERS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae"
 MODEL_ID = re.compile(r"^(?P<model_id>[\w.-]+/[\w.-]+):(?P<pattern>[^:\\]*)$")
 
 
-def resolve(source: str | os.PathLike | Iterable, kind: str, folders: Iterable[Path] = ()) -> list[Path]:
+def resolve(source: str | os.PathLike | Iterable, kind: str, library: Library = PLAIN) -> list[Path]:
     """The files of this kind (see identify.KINDS) that `source` names.
 
-    A text may hold several paths, one a line. `folders` are searched for published models before any download.
+    A text may hold several paths, one a line. `library` is where published models lie or come to.
     """
     if isinstance(source, str):
         parts = [line.strip().strip("\"'") for line in source.splitlines() if line.strip()]
@@ -34,39 +34,47 @@ def resolve(source: str | os.PathLike | Iterable, kind: str, folders: Iterable[P
         raise FileError(f"No file was named. '{KINDS[kind].node}' needs {KINDS[kind].noun}.")
     if len(parts) > 1:
         return [Path(part) for part in parts]
-    return _resolve_one(parts[0], kind, folders)
+    return _resolve_one(parts[0], kind, library)
 
 
-def tokenizer_folder(source: str | os.PathLike | Iterable, files: list[Path], folders: Iterable[Path] = ()) -> Path:
-    """The tokenizer that belongs to a text encoder: beside its files, else the one of its catalogue row.
+def tokenizer_folder(
+    source: str | os.PathLike | Iterable, files: list[Path], library: Library = PLAIN, named: str = ""
+) -> Path:
+    """The tokenizer of a text encoder: the `named` one (a folder, its file, or a model id and pattern), if any is; else
+    one beside the encoder's files; else the one of its catalogue row.
 
     Encoders from elsewhere get the published tokenizer, which all of them share.
     """
+    if named:
+        path = Path(named)
+        if (match := MODEL_ID.match(named)) and not path.exists():
+            path = fetch(Source(match["model_id"], match["pattern"]), library)[0]
+        return path
     parent = files[0].parent
     for folder in (parent / "google" / "umt5-xxl", parent / "umt5-xxl", parent, parent.parent / "tokenizer"):
         if (folder / "tokenizer.json").is_file() or (folder / "spiece.model").is_file():
             return folder
     row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
     published = (row or catalog.BY_NAME["Wan2.1-T2V-1.3B"]).files["tokenizer"]
-    return located(published, folders)[0]
+    return located(published, library)[0]
 
 
-def located(source: Source, folders: Iterable[Path]) -> list[Path]:
-    return fetch(source, folders) if source.model_id else [BUNDLED / source.pattern]
+def located(source: Source, library: Library) -> list[Path]:
+    return fetch(source, library) if source.model_id else [BUNDLED / source.pattern]
 
 
-def _resolve_one(part: str | os.PathLike, kind: str, folders: Iterable[Path]) -> list[Path]:
+def _resolve_one(part: str | os.PathLike, kind: str, library: Library) -> list[Path]:
     path = Path(part)
     if path.is_dir():
         return _pick(path, kind)
     if path.exists():
         return [path]
     if match := MODEL_ID.match(str(part)):
-        found = fetch(Source(match["model_id"], match["pattern"]), folders)
+        found = fetch(Source(match["model_id"], match["pattern"]), library)
         return _pick(found[0], kind) if found[0].is_dir() else found
     if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(INDEX_SUFFIX) or len(path.parts) > 1:
         raise FileError(f"There is no file {path}. Check the path, or download the file again.")
-    return located(catalog.source_of(str(part), kind), folders)
+    return located(catalog.source_of(str(part), kind), library)
 
 
 def _pick(folder: Path, kind: str) -> list[Path]:
