@@ -46,6 +46,8 @@ class EmptyLatent(io.ComfyNode):
 
 
 class Sampler(io.ComfyNode):
+    WORKS_TOGETHER = True  # where several processes run a workflow, all of them have to come here
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -137,8 +139,8 @@ class Sampler(io.ComfyNode):
         def on_step(step, steps, denoised):
             progress.update(step + 1, denoised)
 
-        with host.attached(model, working_room(model, samples.shape, settings)):
-            result = sample(model, text, negative_text, samples, settings, conditions, on_step, host.say)
+        with host.attached(model, working_room(model, samples.shape, settings, conditions)):
+            result = sample(model, text, negative_text, samples, settings, conditions, on_step, host.say, host.team)
         return io.NodeOutput({"samples": result.to(host.intermediate_device())})
 
 

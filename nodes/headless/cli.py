@@ -13,7 +13,9 @@ from typing import Any
 
 from ...wan_core.errors import FileError, WanError
 from ..host.standalone import Interrupted, host
+from . import together
 from .models import add_models
+from .plan import add_plan
 from .train import add_train, train
 from .validate import WorkflowError, describe, nearest
 from .workflows import apply_settings, read_workflow
@@ -24,6 +26,7 @@ OK, ERROR, INVALID, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status is 0, 1 for an error, 2 for an invalid workflow, 130 after ctrl-C."""
     options = parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return options.command(options)
     except WorkflowError as error:
@@ -50,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--input-dir", type=folder, metavar="FOLDER", help="where images and videos are read (./input)")
     run.add_argument("--output-dir", type=Path, metavar="FOLDER", help="where results go (./output)")
     run.add_argument("--quiet", action="store_true", help="show nothing but the paths and errors")
+    run.add_argument("--processes", type=int, default=1, metavar="N",
+                     help="sample in N processes together, each with a graphics card of its own")
+    run.add_argument("--share", choices=["auto", "prompts", "tokens"], default="auto",
+                     help="what they share: the prompts (fastest), the video's tokens (least memory), or auto: both")
     run.set_defaults(command=run_command)
 
     nodes = commands.add_parser("nodes", help="list the nodes, or show one with its inputs")
@@ -60,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("files", nargs="+", help="a checkpoint, all parts of one, a LoRA, or a video or picture")
 
     add_models(commands)
+    add_plan(commands)
     inspect.set_defaults(command=inspect_command)
 
     add_train(commands).set_defaults(command=train_command)
@@ -82,6 +90,10 @@ def check_writable(output: Path) -> None:
 
 
 def run_command(options: argparse.Namespace) -> int:
+    if options.processes > 1 and not together.is_part():
+        return together.launch(together.wanflow(options.arguments), options.processes)
+    if together.is_part():
+        join_team(options)
     host.models_dir = options.models_dir or host.models_dir
     host.input_directory = options.input_dir or host.input_directory
     host.output_directory = options.output_dir or host.output_directory
@@ -96,13 +108,25 @@ def run_command(options: argparse.Namespace) -> int:
     try:
         files = runner.run(workflow).files
     except NodeError as error:
+        if together.is_follower(error.__cause__):
+            return ERROR
         if not isinstance(error.__cause__, WanError):  # not foreseen, so whoever mends it needs to know where
-            traceback.print_exception(error.__cause__)
+            complain("".join(traceback.format_exception(error.__cause__)).rstrip())
         complain(str(error))
         return ERROR
     for path in files:
         print(path, flush=True)
+    if host.team:
+        host.team.leave()
     return OK
+
+
+def join_team(options: argparse.Namespace) -> None:
+    """Find the other processes of this run. Only the first of them says and saves anything."""
+    from ...wan_core.parallel.team import join
+
+    host.team = join(options.share)
+    options.quiet |= not host.team.leads
 
 
 def nodes_command(options: argparse.Namespace) -> int:
@@ -191,7 +215,9 @@ def stop_on_interrupt() -> None:
 
 
 def complain(*lines: str) -> None:
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    """On stderr. Of several processes, in which the same goes wrong, the first one complains."""
+    if host.team is None or host.team.speaks:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

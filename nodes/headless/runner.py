@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from ..host.schema import ComfyNode, Hidden, HiddenHolder, Schema
 from ..host.standalone import Interrupted, StandaloneHost
 from .validate import Checks, Workflow, links, reached, validate
+
+LOADERS = "WanFlow/loaders"  # the category of all nodes that may download something
 
 
 class NodeError(RuntimeError):
@@ -57,7 +60,7 @@ class Runner:
         workflow = validate(workflow, infos, self.checks())
         sources = {id: [link[0] for link in links(workflow[id]).values()] for id in reached(workflow, infos)}
         order = list(TopologicalSorter(sources).static_order())
-        outputs = {id for id in order if infos[workflow[id]["class_type"]]["output_node"]}
+        outputs = {id for id in order if self.is_goal(workflow[id]["class_type"])}
         with torch.inference_mode():
             keys = self.keys(workflow, order)
             self.cache = {key: self.cache[key] for key in keys.values() if key in self.cache}
@@ -85,12 +88,29 @@ class Runner:
         name = self.schemas[node["class_type"]].display_name or node["class_type"]
         self.host.say(name)
         try:
-            returned = node_class.execute(**{**node["inputs"], **values})
+            with self.turn(workflow, id):
+                returned = node_class.execute(**{**node["inputs"], **values})
         except Interrupted:
             raise
         except Exception as error:
             raise NodeError(f"{name} (node {id}): {str(error) or type(error).__name__}") from error
         return returned.args, returned.ui or {}
+
+    def is_goal(self, class_type: str) -> bool:
+        """Whether nodes of this class are what a run is for: those that save or show something.
+
+        Of several processes one saves; the others run for the nodes in which all work together.
+        """
+        if self.host.team is None or self.host.team.leads:
+            return self.schemas[class_type].is_output_node
+        return getattr(self.classes[class_type], "WORKS_TOGETHER", False)
+
+    def turn(self, workflow: Workflow, id: str) -> AbstractContextManager:
+        """Of several processes the first loads first: what has to be downloaded is then there for all."""
+        class_type = workflow[id]["class_type"]
+        if self.host.team is None or self.schemas[class_type].category != LOADERS:
+            return nullcontext()
+        return self.host.team.in_turn(f"{class_type} {id}")
 
     def prepared(self, workflow: Workflow, id: str) -> type[ComfyNode]:
         """The node's class as its `execute` sees it: a subclass that holds what the node asked of the host."""

@@ -72,7 +72,7 @@ class Progress:
         pace = f"{step / max(seconds, 1e-3):.1f} {self.unit}/s" if self.unit else f"{seconds / max(step, 1):.2f} s/step"
         count = f"{step}/{self.total} {self.unit}".rstrip()
         line = f"[{'#' * filled}{'.' * (30 - filled)}] {count}  {seconds:.0f} s, {pace}  {note}".rstrip()
-        print(f"\r{line}" if terminal else line, end="\n" if done else "", file=sys.stderr, flush=True)
+        print(f"\r{line}" if terminal else line, end="" if terminal and not done else "\n", file=sys.stderr, flush=True)
 
 
 class StandaloneHost:

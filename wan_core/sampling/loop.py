@@ -15,7 +15,8 @@ from ..errors import InputError, ModelError
 from ..model import WanModel
 from ..models.dit import LATENT_CHANNELS, Run
 from ..models.vae import normalised, unnormalised
-from ..room import sampling_room, tokens_room
+from ..parallel.team import Share, Team
+from ..room import changed_room, latents_room, sampling_room, tokens_room, widened_room
 from .schedules import SOLVERS, noise_levels
 from .teacache import Residuals
 from .windows import Sliding
@@ -74,17 +75,21 @@ def sample(
     conditions: Sequence[Condition] = (),
     on_step: OnStep | None = None,
     say: Callable[[str], None] | None = None,
+    team: Team | None = None,
 ) -> Tensor:
     """Make videos: raw latents (b, 16, T, h, w) in, raw latents of the same shape out, fp32, on the same device.
 
     positive, negative: embedded prompts (b or 1, L, text width), zero after their real length; the negative may be
     None where cfg is 1. latent: its shape is the canvas; all zero means empty, else it is the video to change.
     An exception of `on_step` ends the run and passes through. `say` hears in a sentence what a cache leaves out.
+    team: processes that all make the same call, and share the work.
     """
     device = model.device
     check_latent(latent, settings)
     texts = [text.to(device) for text in prompts(positive, negative, latent, settings, model.layout.text_dim)]
-    run = Run(compute_dtype=model.compute_dtype, attention=model.attention)
+    calls = 1 if settings.cfg_merge else len(texts)
+    share = Share() if team is None else team.share(calls, model.layout.heads)
+    run = Run(compute_dtype=model.compute_dtype, attention=model.attention, parallel=share.tokens)
     with model.attached(device) as network:
         canvas = Canvas(latent.shape[0], *latent.shape[2:], dtype=model.compute_dtype, device=device)
         injection = inject(conditions, network, canvas)
@@ -108,24 +113,36 @@ def sample(
                 on_step(i, settings.steps, clean[:, :, injection.prefix :])
 
         x = beginning(latent.to(device, torch.float32), injection.prefix_frames, settings)
-        x = denoise(x, guided(predict, texts, settings), settings, report)
+        x = x if team is None else team.same(x)
+        x = denoise(x, guided(predict, texts, settings, share), settings, report)
         if residuals is not None and say is not None:
             say(model.cache.report(residuals.skipped))
     return unnormalised(x[:, :, injection.prefix :]).to(latent.device)
 
 
-def working_room(model: WanModel, shape: Sequence[int], settings: Settings) -> int:
+def working_room(
+    model: WanModel, shape: Sequence[int], settings: Settings, conditions: Sequence[Condition] = ()
+) -> int:
     """Bytes that a run on latents (b, 16, T, h, w) needs beside the weights."""
-    texts = 1 if settings.cfg == 1 else 2
+    texts, front = 1 if settings.cfg == 1 else 2, in_front(conditions)
     rows, channels, frames, *size = shape
     spans = model.windows.spans(frames) if model.windows else [(0, frames)]
-    longest = rows, channels, max(stop - start for start, stop in spans), *size
+    longest = rows, channels, front + max(stop - start for start, stop in spans), *size
+    whole = rows, channels, front + frames, *size
     branches, vace = texts if settings.cfg_merge else 1, model.module.vace is not None
-    room = sampling_room(model.layout, longest, branches, model.compute_dtype, vace)
-    if model.cache is None or model.cache.device == "cpu":
-        return room
-    kept = rows, channels, sum(stop - start for start, stop in spans), *size
-    return room + texts * tokens_room(model.layout, kept, model.compute_dtype)
+    dtype = model.compute_dtype
+    room = sampling_room(model.layout, longest, branches, dtype, vace) + latents_room(whole)
+    room += widened_room(model.module, dtype) + bool(model.loras) * changed_room(model.layout, dtype)
+    room += sum(condition.embedded for condition in conditions) * tokens_room(model.layout, whole, dtype)
+    if model.cache is not None and model.cache.device != "cpu":
+        kept = rows, channels, sum(front + stop - start for start, stop in spans), *size
+        room += texts * tokens_room(model.layout, kept, dtype)
+    return room
+
+
+def in_front(conditions: Sequence[Condition]) -> int:
+    """Latent frames that the conditions put in front of the canvas."""
+    return sum(condition.in_front for condition in conditions)
 
 
 def beginning(latent: Tensor, prefix: Tensor | None, settings: Settings) -> Tensor:
@@ -159,10 +176,13 @@ def denoise(x: Tensor, velocity: Callable, settings: Settings, report: Callable[
     return x
 
 
-def guided(predict: Callable, texts: list[Tensor], settings: Settings) -> Callable[[Tensor, Tensor, int], Tensor]:
+def guided(
+    predict: Callable, texts: list[Tensor], settings: Settings, share: Share
+) -> Callable[[Tensor, Tensor, int], Tensor]:
     """velocity(x, timestep, step) under classifier-free guidance: away from the negative prompt, to the positive.
 
-    predict(x, timestep, text, step, branch) is called for each prompt, or once for both as one batch.
+    predict(x, timestep, text, step, branch) is called for each prompt (or for this process's share of them), or once
+    for both as one batch.
     Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598.
     """
     if len(texts) == 1:
@@ -171,12 +191,16 @@ def guided(predict: Callable, texts: list[Tensor], settings: Settings) -> Callab
     def one_after_the_other(x: Tensor, timestep: Tensor, step: int) -> list[Tensor]:
         return [predict(x, timestep, text, step, branch) for branch, text in enumerate(texts)]
 
+    def one_each(x: Tensor, timestep: Tensor, step: int) -> list[Tensor]:
+        mine = predict(x, timestep, texts[share.prompt], step, share.prompt)
+        return share.answers(mine, len(texts))
+
     def as_one_batch(x: Tensor, timestep: Tensor, step: int) -> list[Tensor]:
         length = max(text.shape[1] for text in texts)  # zero rows are what follows a shorter text anyway
         both = torch.cat([F.pad(text, (0, 0, 0, length - text.shape[1])) for text in texts])
         return list(predict(x.repeat(2, 1, 1, 1, 1), timestep, both, step, 0).chunk(2))
 
-    branches = as_one_batch if settings.cfg_merge else one_after_the_other
+    branches = as_one_batch if settings.cfg_merge else one_after_the_other if share.prompt is None else one_each
 
     def velocity(x: Tensor, timestep: Tensor, step: int) -> Tensor:
         positive, negative = branches(x, timestep, step)

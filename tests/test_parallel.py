@@ -1,0 +1,209 @@
+"""Several processes make one video: it is the one that one process makes, each does its share, and all end together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from comfyui_wanflow.nodes.headless import together
+from comfyui_wanflow.nodes.headless.cli import main
+from comfyui_wanflow.nodes.headless.runner import Runner
+from comfyui_wanflow.nodes.host import io
+from comfyui_wanflow.nodes.host.standalone import StandaloneHost
+from comfyui_wanflow.wan_core.errors import InputError
+from comfyui_wanflow.wan_core.models.compiled import Compile
+from comfyui_wanflow.wan_core.parallel.sequence import Sequence
+from comfyui_wanflow.wan_core.parallel.team import Share, Team
+from families import model, relative_error, video
+from PIL import Image
+from torch import distributed as dist
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of four processes says of every case."""
+    file = tmp_path_factory.mktemp("parallel") / "found"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    known = os.environ | {"WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(WORKER), str(file)]
+    workers = [
+        subprocess.Popen(command, env=known | {"RANK": str(i), "OMP_NUM_THREADS": "1"}, cwd=WORKER.parent)
+        for i in range(SIZE)
+    ]
+    for worker in workers:
+        worker.wait(300)
+    return [json.loads(Path(f"{file}.{i}").read_text()) for i in range(SIZE)]
+
+
+@pytest.mark.parametrize("way", ["auto", "tokens"])
+@pytest.mark.parametrize("case", [
+    "T2V", "without guidance", "merged guidance", "several videos", "video to video", "I2V", "FLF2V",
+    "control and reference", "camera", "VACE", "motion speed", "TeaCache", "windows",
+])  # fmt: skip
+def test_all_make_the_video_that_one_makes(found, case, way):
+    for process in found:
+        error, (rows, tokens, calls) = process[case][way]
+        assert error <= 1e-5
+        _, (all_rows, all_tokens, all_calls) = process[case]["alone"]
+        if way == "tokens" or case in ("without guidance", "merged guidance"):  # four parts, all prompts
+            assert (rows, tokens, calls) == (all_rows, -(-all_tokens // 4), all_calls)
+        else:  # two parts of one prompt
+            assert (rows, tokens, calls) == (all_rows, -(-all_tokens // 2), all_calls // 2)
+
+
+def test_a_process_that_is_gone_is_noticed(found):
+    for process in found[:-1]:
+        assert "Another process of this run has ended" in process["lost"]
+
+
+def test_who_can_share_what():
+    def share(size, prompts, heads, way="auto"):
+        return Team(0, size, None, way).share(prompts, heads)
+
+    assert share(2, 1, 12).tokens.size == 2 and share(2, 1, 12).prompt is None
+    with pytest.raises(InputError, match="among 8 processes, because this model's 12 attention heads cannot. Start"):
+        share(8, 1, 12)
+    with pytest.raises(InputError, match="numbers of processes: 2, 4, 6, 8, 12, 24."):
+        share(16, 2, 12)
+    with pytest.raises(InputError, match="2 prompts cannot be shared evenly among 3 processes. Start a multiple of 2"):
+        share(3, 2, 12, "prompts")
+    assert share(3, 2, 12).tokens.size == 3
+
+
+def test_the_first_complains():
+    store = dist.HashStore()
+    first, second = (Team(rank, 2, store) for rank in (0, 1))
+    assert second.speaks and not first.speaks and second.speaks
+
+
+@pytest.fixture
+def group():
+    """A group of this process alone, through which all the same is spoken."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_blocks_share_too(group, monkeypatch):
+    wan = model("T2V").with_compile(Compile(dynamic=False, backend="eager"))
+    expected = video(wan)
+    monkeypatch.setattr(Team, "share", lambda *_: Share(tokens=Sequence(0, 1, None)))
+    assert relative_error(video(wan, team=Team(0, 1, None)), expected) <= 1e-5
+
+
+# ---- whole runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_workflow_is_saved_once(tmp_path, monkeypatch, capsys):
+    """`wanflow run quickstart --processes 2`, against one process."""
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "comfyui_wanflow").symlink_to(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "python"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    settings = {"6.width": 32, "6.height": 32, "6.num_frames": 5, "7.steps": 1, "9.format": "png"}
+    command = ["run", "quickstart", *(x for name, value in settings.items() for x in ("--set", f"{name}={value}"))]
+    done = subprocess.run(
+        [sys.executable, "-m", "comfyui_wanflow", *command, "--output-dir", "two", "--processes", "2"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"two/quickstart_00001_{i:04}.png" for i in range(5)]
+    assert done.stderr.count("Wan Sampler") == 1
+    assert main([*command, "--output-dir", "one"]) == 0
+    pictures = [sorted((tmp_path / folder).glob("*.png")) for folder in ("one", "two")]
+    assert [len(files) for files in pictures] == [5, 5]
+    for one, two in zip(*pictures, strict=True):
+        assert Image.open(one).tobytes() == Image.open(two).tobytes()
+
+
+class Make(io.ComfyNode):
+    made: list = []
+    WORKS_TOGETHER = True
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="Make", category="WanFlow/loaders", outputs=[io.Int.Output(display_name="number")])
+
+    @classmethod
+    def execute(cls):
+        cls.made.append("made")
+        return io.NodeOutput(1)
+
+
+class Save(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="Save", inputs=[io.Int.Input("number")], is_output_node=True)
+
+    @classmethod
+    def execute(cls, number):
+        Make.made.append("saved")
+        return io.NodeOutput()
+
+
+def test_others_run_for_what_is_done_together_after_the_leader_has_loaded(tmp_path):
+    workflow = {"1": {"class_type": "Make", "inputs": {}}, "2": {"class_type": "Save", "inputs": {"number": ["1", 0]}}}
+    store = dist.HashStore()
+
+    def run(rank):
+        host = StandaloneHost(tmp_path)
+        host.team, host.quiet = Team(rank, 2, store), True
+        return Runner([Make, Save], host).run(workflow).ran
+
+    other = threading.Thread(target=run, args=[1])
+    other.start()
+    time.sleep(0.2)
+    assert Make.made == []  # it waits
+    assert run(0) == ["1", "2"]
+    other.join(10)
+    assert sorted(Make.made) == ["made", "made", "saved"]
+
+
+# ---- the launcher -----------------------------------------------------------------------------------------------
+
+
+def started(program, count=2):
+    """The exit status of processes that run a few lines of Python, where `rank` is theirs."""
+    return together.launch([sys.executable, "-c", f"import os, time; rank = int(os.environ['RANK']); {program}"], count)
+
+
+def test_all_end_well():
+    assert started("assert os.environ['WORLD_SIZE'] == '3'", 3) == 0
+
+
+def test_an_error_in_one_ends_all():
+    start = time.monotonic()
+    assert started("time.sleep(60 if rank == 0 else 0.1); os._exit(2)") == 2
+    assert time.monotonic() - start < 10
+
+
+def test_one_that_is_killed_is_named(capfd):
+    assert started("rank and os.kill(os.getpid(), 9); time.sleep(60)") == 1
+    assert "Process 2 of 2 was ended by SIGKILL: the computer may have run out of memory." in capfd.readouterr().err
+
+
+def test_stopping_stops_all():
+    handler = signal.getsignal(signal.SIGINT)
+    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+    assert started("time.sleep(60)") == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_part_of_several_starts_no_others(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert together.is_part()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not together.is_part()
