@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from . import fp8
 from .network import Network
 
 # Those with CUDA graphs are left out: their outputs are overwritten by the next block's.
@@ -66,6 +67,8 @@ class Compiled:
     """A `forward` that compiles itself at its first call; where that fails, an InputError says what to do."""
 
     def __init__(self, forward: Callable, settings: Compile):
+        for function in fp8.CONSTANT:
+            torch.compiler.assume_constant_result(function)
         self.forward = torch.compile(forward, mode=settings.mode, dynamic=settings.dynamic, backend=settings.backend)
         functools.update_wrapper(self, forward)
 
