@@ -51,8 +51,8 @@ def save_random(module, path):
 
 
 def write_encoders(folder):
-    """The files of a VAE, a text encoder (of width 16) and an image encoder."""
-    umt5 = UMT5Layout(vocabulary=len(WORDS), dim=16, attention_dim=8, ffn_dim=16, heads=2, layers=1)
+    """The files of a VAE, a text encoder (of width 8) and an image encoder."""
+    umt5 = UMT5Layout(vocabulary=len(WORDS), dim=8, attention_dim=8, ffn_dim=16, heads=2, layers=1)
     vocabulary = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(vocabulary)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
