@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import InputError
+from .quantize import STORAGE
 
 REST_ON = ("cpu", "disk")
-REST_DTYPES = ("auto", "fp32", "bf16", "fp16")
+REST_DTYPES = tuple(STORAGE)
 HALF_A_GIB = 2**29
 
 
