@@ -1,8 +1,9 @@
-"""LoRAs (menu loaders): changes to a model, applied while it runs."""
+"""LoRAs: changes to a model, applied while it runs (menu loaders), and saved (menu training)."""
 
 from __future__ import annotations
 
-from ..wan_core.loading.lora_files import load_lora
+from ..wan_core.errors import InputError
+from ..wan_core.loading.lora_files import KEY_FORMATS, load_lora, save_lora
 from ..wan_core.lora import fit, report
 from .host import host, io
 from .wires import WanLora, WanModel
@@ -57,4 +58,45 @@ class ApplyLora(io.ComfyNode):
         return io.NodeOutput(changed, text)
 
 
-NODES = [ApplyLora]
+class SaveLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowSaveLora",
+            display_name="Save Wan LoRA",
+            category="WanFlow/training",
+            description="Saves a LoRA where every LoRA loader finds it, under the names of the program that shall "
+            "load it.",
+            is_output_node=True,
+            inputs=[
+                WanLora.Input("lora", tooltip="From Wan Train."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/WanFlow",
+                    tooltip="Name below the output folder; a number is added. LoRA loaders list what is in loras "
+                    "there, after R was pressed.",
+                ),
+                io.Combo.Input(
+                    "key_format",
+                    options=list(KEY_FORMATS),
+                    default="comfyui",
+                    tooltip="Whose names to use. comfyui is read by ComfyUI, diffusers and WanFlow.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="The path of the saved file.")],
+        )
+
+    @classmethod
+    def execute(cls, lora, filename_prefix, key_format):
+        if lora is None:
+            raise InputError(
+                "There is no LoRA to save: Wan Train was run in mode full, whose result is a whole model. Its files "
+                "are in the folder that Wan Train names."
+            )
+        target = host.output_path(filename_prefix, "safetensors")
+        save_lora(lora, target.path, key_format)
+        saved = {"filename": target.filename, "subfolder": target.subfolder, "type": "output"}
+        return io.NodeOutput(str(target.path), ui={"loras": [saved]})
+
+
+NODES = [ApplyLora, SaveLora]

@@ -91,7 +91,7 @@ def look_with(image_encoder: Any) -> Callable[[Tensor], Tensor] | None:
         if hasattr(image_encoder, "encode_image"):  # ComfyUI's
             return check_features(image_encoder.encode_image(picture, crop=False).penultimate_hidden_states)
         with host.attached(image_encoder):
-            return check_features(image_encoder.encode(picture))
+            return image_encoder.encode(picture)
 
     return look
 

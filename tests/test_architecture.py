@@ -14,7 +14,7 @@ FILES = sorted(file for top in ("nodes", "wan_core") for file in (ROOT / top).rg
 # wan_core from the ground up: a part may use the floors below it, and nothing beside it.
 TOWER = (
     ("errors",),
-    ("size", "compute", "fit", "saving", "trajectory", "offload", "loading.catalog", "loading.keymaps"),
+    ("size", "compute", "fit", "saving", "sheet", "trajectory", "offload", "loading.catalog", "loading.keymaps"),
     ("models", "video", "viewfinder"),
     ("adapters", "lora", "room", "parallel"),
     ("sampling.teacache", "sampling.windows"),
@@ -113,6 +113,16 @@ def test_nobody_imports_the_package_by_its_name():
     """Under ComfyUI the package has another name: such an import would make a second copy of everything."""
     for module, file in MODULES.items():
         assert "comfyui_wanflow" not in imports(file)[1], module
+
+
+def test_the_nodes_do_not_load_the_compiler():
+    """It takes seconds, and a decorator of `torch.compiler` is enough."""
+    program = (
+        "import runpy, sys; runpy.run_path('tests/conftest.py'); import comfyui_wanflow.nodes as nodes; "
+        "nodes.node_classes(); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_looking_at_the_pack_is_cheap():

@@ -1,0 +1,129 @@
+"""Teach WanTiny a colour it never saw, and measure what it then shows: `python benchmarks/concept.py --out FOLDER`.
+
+Draws a folder of clips with captions, as a user would bring them: a few of a pink shape, as many of the colours that
+WanTiny knows, so that it keeps them. A LoRA is trained on it. Videos of captions that were not in the folder are made
+with and without the LoRA and read by plain code: how many show a pink shape where one is asked for, and what became of
+everything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
+from comfyui_wanflow.wan_core.loading.lora_files import load_lora
+from comfyui_wanflow.wan_core.tiny import measure, world
+from comfyui_wanflow.wan_core.tiny.evaluate import held_out_facts, make_videos, scores
+from comfyui_wanflow.wan_core.training.cache import Cache
+from comfyui_wanflow.wan_core.training.dataset import Framing, list_items
+from comfyui_wanflow.wan_core.training.examples import Encoders, prepare
+from comfyui_wanflow.wan_core.training.loop import Settings, train
+from comfyui_wanflow.wan_core.training.trainee import new_lora
+from comfyui_wanflow.wan_core.video import save_video
+
+MODEL, FRAMES, SIZE = "WanTiny-T2V", 17, 64
+CONCEPT, RGB = "pink", (245, 120, 185)
+
+
+def concept_facts() -> tuple[list, list]:
+    """(for training, never shown): all combinations of the new colour; a (shape, background) is held out whole."""
+    trained, unseen = [], []
+    for shape, direction, background in itertools.product(world.SHAPES, world.DIRECTIONS, world.COLORS):
+        held_out = (list(world.COLORS).index(background) + 3 * world.SHAPES.index(shape)) % 5 == 2
+        (unseen if held_out else trained).append((CONCEPT, shape, direction, background))
+    return trained, unseen
+
+
+def render(scene: world.Scene, frames: int = FRAMES) -> np.ndarray:
+    """As world.render, in the new colour too."""
+    if scene.color != CONCEPT:
+        return world.render(scene, frames)
+    low, high = (world.COLORS[name][0] / 255 for name in ("black", "white"))
+    cover = (world.render(replace(scene, color="white", background="black"), frames) - low) / (high - low)
+    background = np.array(world.COLORS[scene.background], np.float32)
+    return (cover * np.array(RGB, np.float32) + (1 - cover) * background) / 255
+
+
+def write_clips(folder: Path, count: int, seed: int = 0) -> None:
+    """`count` clips of the new colour and as many of the old ones, each with its caption beside it."""
+    generator = np.random.default_rng(seed)
+    known = [facts for facts in world.all_facts() if not world.is_held_out(facts)]
+    folder.mkdir(parents=True)
+    for name, facts in (("new", concept_facts()[0]), ("known", known)):
+        for number, index in enumerate(generator.permutation(len(facts))[:count]):
+            scene = world.random_scene(generator, facts[index])
+            save_video(torch.from_numpy(render(scene)), folder / f"{name}{number:02}.mp4", quality=10)
+            (folder / f"{name}{number:02}.txt").write_text(scene.caption)
+
+
+def shown_color(video: np.ndarray) -> str:
+    """The colour of the shape, among all colours and the new one."""
+    palette = {**world.COLORS, CONCEPT: RGB}
+    mask = measure.shape_mask(video)
+    inner = mask & np.roll(mask, 1, 1) & np.roll(mask, -1, 1) & np.roll(mask, 1, 2) & np.roll(mask, -1, 2)
+    chosen = inner if inner.any() else mask
+    if not chosen.any():
+        return "none"
+    color = np.median(video[chosen], axis=0) * 255
+    return min(palette, key=lambda name: np.square(color - palette[name]).sum())
+
+
+def measured(model, text_encoder, vae, count: int) -> dict[str, float]:
+    """Shares of `count` captions of each kind that were shown right."""
+    order = np.random.default_rng(1).permutation(len(unseen := concept_facts()[1]))
+    facts = [unseen[i] for i in order[:count]]
+    videos = make_videos(model, text_encoder, vae, facts, frames=FRAMES)
+    found = {CONCEPT: float(np.mean([shown_color(video) == CONCEPT for video in videos]))}
+    found |= {f"{CONCEPT}: {name}": share for name, share in scores(videos, facts).items() if name != "color"}
+    known = held_out_facts(count)
+    others = make_videos(model, text_encoder, vae, known, frames=FRAMES)
+    return found | {f"others: {name}": share for name, share in scores(others, known).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder for clips, checkpoints and results.json")
+    parser.add_argument("--clips", type=int, default=24, help="of the new colour, and as many others")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--count", type=int, default=32, help="captions of each kind to make videos of")
+    options = parser.parse_args()
+
+    model, text_encoder, vae = load_model(MODEL), load_text_encoder(MODEL), load_vae(MODEL)
+    if not (options.out / "clips").exists():
+        write_clips(options.out / "clips", options.clips)
+    items, _ = list_items(options.out / "clips")
+    framing, encoders = Framing(FRAMES, SIZE, SIZE), Encoders(vae, text_encoder)
+    examples, _ = prepare(items, framing, encoders, Cache(options.out / "cache"))
+    settings = Settings(
+        learning_rate=options.rate, num_epochs=options.epochs, batch_size=options.batch, shift=3.0, warmup_steps=10
+    )
+    begin = time.monotonic()
+    losses = train(new_lora(model, options.rank), examples, settings, options.out / "training", say_step)
+    seconds = time.monotonic() - begin
+    lora = load_lora(options.out / "training" / f"epoch-{options.epochs - 1}.safetensors")
+    before = measured(model, text_encoder, vae, options.count)
+    after = measured(model.with_lora(lora), text_encoder, vae, options.count)
+    results = {"steps": len(losses), "seconds": round(seconds, 1), "before": before, "after": after}
+    (options.out / "results.json").write_text(json.dumps(results, indent=1))
+    print(f"{len(losses)} steps, {seconds:.0f} s")
+    for name in before:
+        print(f"{name:20} {before[name]:7.1%} -> {after[name]:.1%}")
+
+
+def say_step(done: int, total: int, loss: float) -> None:
+    if done % 20 == 0 or done == total:
+        print(f"step {done}/{total}  loss {loss:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
