@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+
+MENUS = (
+    "load", "text", "condition", "camera", "vace", "modules", "lora", "offload", "library", "speed_up", "sample", "vae",
+    "video", "dataset", "train", "grid",
+)  # fmt: skip
 
 
 def node_classes() -> list[type]:
     """Every node class, in menu order."""
-    from . import (
-        camera,
-        condition,
-        dataset,
-        grid,
-        library,
-        load,
-        lora,
-        modules,
-        offload,
-        sample,
-        speed_up,
-        text,
-        train,
-        vace,
-        vae,
-        video,
-    )
-
-    menus = (load, text, condition, camera, vace, modules, lora, offload, library, speed_up, sample, vae, video, dataset, train, grid)
+    menus = (importlib.import_module(f".{name}", __package__) for name in MENUS)
     return [node for menu in menus for node in menu.NODES]
 
 

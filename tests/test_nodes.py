@@ -49,6 +49,25 @@ RELEASED = {
     "WanFlowVAEEncode": ("vae images fit tiled tile_size tile_stride", "latent", "latent"),
     "WanFlowVAEDecode": ("vae latent tiled tile_size tile_stride", "", "images"),
     "WanFlowLoadVideo": ("video frame_rate num_frames size", "", "images fps"),
+    "WanFlowSaveLora": ("lora filename_prefix key_format", "", "file"),
+    "WanFlowDataset": (
+        "folder metadata data_file_keys size num_frames frame_rate repeat caption_prefix caption_dropout flip sampling "
+        "samples buckets",
+        "",
+        "dataset preview report",
+    ),
+    "WanFlowTrain": (
+        "model vae text_encoder dataset folder mode parts rank targets learning_rate epochs max_steps batch_size seed "
+        "extra_inputs memory save_every sample_every sample_prompt also_full accumulation optimizer schedule "
+        "warmup_steps weight_decay ema_decay timesteps weighting shift",
+        "image_encoder held_out start_lora",
+        "lora model loss folder",
+    ),
+    "WanFlowCheckpointGrid": (
+        "model positive latent vae loras strengths seeds without steps cfg shift scheduler cell_height",
+        "negative conditions",
+        "images",
+    ),
     "WanFlowSaveVideo": ("images filename_prefix frame_rate format quality", "audio", "file"),
 }
 
