@@ -7,6 +7,8 @@ noise levels: Esser et al., "Scaling Rectified Flow Transformers", arXiv 2403.03
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,24 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..models.dit import DiT, Run, Slots
 from ..sampling.schedules import shifted
+
+
+@dataclass(frozen=True)
+class LevelSettings:
+    """Which noise levels are trained.
+
+    timestep_sampling: "shifted" draws them evenly from a schedule that is shifted by `shift`, as in sampling, "uniform"
+    evenly from all, "logit_normal" mostly from the middle (`logit_mean`, `logit_std`). timestep_weighting: how much
+    the loss counts at each, "bell" as DiffSynth-Studio does, or "none". The boundaries: see `Levels.between`.
+    """
+
+    timestep_sampling: str = "shifted"
+    timestep_weighting: str = "bell"
+    shift: float = 5.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    min_timestep_boundary: float = 0.0
+    max_timestep_boundary: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +61,44 @@ class Levels:
         return self.sigmas[chosen], self.weights[chosen]
 
 
-def training_levels(shift: float = 5.0, count: int = 1000) -> Levels:
-    """The levels and weights of DiffSynth-Studio, so that losses compare: levels in the middle count most.
+def shifted_levels(places: Tensor, settings: LevelSettings) -> Tensor:
+    return shifted(places, settings.shift)
 
-    It rounds the timesteps to bf16, which leaves 294 different ones and is a flaw; these are whole.
+
+def uniform_levels(places: Tensor, settings: LevelSettings) -> Tensor:
+    return places
+
+
+def logit_normal_levels(places: Tensor, settings: LevelSettings) -> Tensor:
+    """Normal before the sigmoid; a `logit_mean` of log(s) is a shift by s. arXiv 2403.03206, section 3.1."""
+    middles = places - 0.5 / len(places)  # the normal distribution has no quantile at 1
+    return torch.sigmoid(settings.logit_mean + settings.logit_std * torch.special.ndtri(middles))
+
+
+def bell(sigmas: Tensor) -> Tensor:
+    """DiffSynth-Studio's weights: the middle of the way counts most, its ends not at all; 1 on average."""
+    weights = torch.exp(-2 * (sigmas - 0.5) ** 2) - math.exp(-0.5)
+    return weights * (len(sigmas) / weights.sum())
+
+
+# How levels are spread: from evenly spread places in 1..0 to sigmas.
+SAMPLINGS: dict[str, Callable[[Tensor, LevelSettings], Tensor]] = {
+    "shifted": shifted_levels,
+    "uniform": uniform_levels,
+    "logit_normal": logit_normal_levels,
+}
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {"bell": bell, "none": torch.ones_like}
+
+
+def training_levels(settings: LevelSettings, count: int = 1000) -> Levels:
+    """The levels to train at and their weights, each as likely as any other.
+
+    By default they are DiffSynth-Studio's, so that losses compare. It rounds the timesteps to bf16, which leaves 294
+    different ones and is a flaw; these are whole.
     """
-    sigmas = shifted(torch.linspace(1, 0, count + 1)[:-1], shift)
-    bell = torch.exp(-2 * ((sigmas * 1000 - 500) / 1000) ** 2)
-    bell = bell - bell.min()
-    return Levels(sigmas, bell * (count / bell.sum()))
+    sigmas = SAMPLINGS[settings.timestep_sampling](torch.linspace(1, 0, count + 1)[:-1], settings)
+    levels = Levels(sigmas, WEIGHTINGS[settings.timestep_weighting](sigmas))
+    return levels.between(settings.min_timestep_boundary, settings.max_timestep_boundary)
 
 
 def flow_matching_loss(

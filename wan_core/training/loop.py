@@ -1,181 +1,247 @@
-"""The training: batches in an order that follows from the seed, AdamW, checkpoints, a file for each epoch."""
+"""The training: steps, and between them all that is saved, measured and shown."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ..adapters.injection import Canvas, inject
-from ..errors import InputError, ModelError
+from ..errors import ModelError
 from ..model import WanModel
-from ..models.dit import Run
 from ..models.network import Network
-from .cache import digest, module_digest
-from .checkpoints import Progress, resume, save_checkpoint
-from .examples import Example, Examples, batch
-from .flow import flow_matching_loss, training_levels
+from ..offload.recovery import others_give, persist
+from .average import Average, put
+from .cache import digest
+from .checkpoints import Progress, load_checkpoint, save_checkpoint
+from .examples import Example, Examples
+from .logs import Log
+from .objective import Objective
+from .optimizers import make_optimizer, set_rate
+from .order import Batch, epoch_steps, share, steps_from
+from .settings import Settings
+from .team import current_team, mapped
 from .trainee import Trainee
+from .validation import validation_losses
 
 OnStep = Callable[[int, int, float], None]  # steps done, of how many, and the loss of the last
+OnSample = Callable[[WanModel, int], None]  # the model as it would be saved now, and steps done
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train. Raises InputError for values that cannot work.
-
-    repeat: how often an epoch shows each clip; gradient_accumulation_steps: batches to a step; warmup_steps: the rate
-    rises evenly over so many steps, and stays; min and max_timestep_boundary: see flow.Levels.between; save_steps:
-    save every so many steps too; offload_activations: keep what the backward pass needs in main memory.
-    """
-
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    num_epochs: int = 1
-    repeat: int = 1
-    batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    warmup_steps: int = 0
-    min_timestep_boundary: float = 0.0
-    max_timestep_boundary: float = 1.0
-    shift: float = 5.0
-    seed: int = 0
-    save_steps: int | None = None
-    offload_activations: bool = False
-
-    def __post_init__(self):
-        for name in ("num_epochs", "repeat", "batch_size", "gradient_accumulation_steps", "save_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, but it has to be at least 1.")
-        if not 0 < self.learning_rate < 1:
-            raise InputError(f"learning_rate is {self.learning_rate}. Enter a number such as 0.0001.")
-
-    def rate(self, step: int) -> float:
-        return self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
-
-
-def epoch_steps(shapes: Sequence[tuple[int, ...]], settings: Settings, epoch: int) -> list[list[list[int]]]:
-    """The steps of an epoch: each some batches, each batch the numbers of some examples of one shape."""
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(shapes) * settings.repeat, generator=generator) % len(shapes)
-    batches, open_batches = [], {}
-    for index in order.tolist():
-        filling = open_batches.setdefault(shapes[index], [])
-        filling.append(index)
-        if len(filling) == settings.batch_size:
-            batches.append(open_batches.pop(shapes[index]))
-    batches += open_batches.values()
-    size = settings.gradient_accumulation_steps
-    return [batches[start : start + size] for start in range(0, len(batches), size)]
+# Settings that no step depends on: a training may go on with others.
+FREE = (
+    "save_steps", "validation_steps", "sample_steps", "tensorboard", "gradient_checkpointing", "offload_activations",
+)  # fmt: skip
+LENGTH = ("num_epochs", "max_train_steps")  # the rate depends on them where it falls to the end
+LESS_MEMORY = (
+    "Train with gradient_checkpointing, offload_activations, fewer frames or a smaller size, or with the model in fp8. "
+    "All steps before this one are saved: started again with the same settings, the training goes on from there."
+)
 
 
 def train(
-    trainee: Trainee, examples: Examples, settings: Settings, folder: Path, on_step: OnStep | None = None
+    trainee: Trainee,
+    examples: Examples,
+    settings: Settings,
+    folder: Path,
+    on_step: OnStep | None = None,
+    held_out: Sequence[Example] = (),
+    on_sample: OnSample | None = None,
 ) -> list[float]:
     """Train, or go on where a training in `folder` stopped; returns the loss of every step.
 
-    Writes `epoch-N.safetensors` into `folder`, and `step-N.safetensors` as `save_steps` says, each with a checkpoint.
-    An exception of `on_step` ends the training after everything was saved, and passes through.
+    Writes `epoch-N.safetensors` into `folder` after each epoch, `step-N.safetensors` as `save_steps` says and at the
+    end, each with a checkpoint, and tables of the losses (logs.py), with those of `held_out` clips, which must be none
+    that are trained on. An exception of `on_step` or `on_sample`, and whatever stops a step, ends the training after
+    everything was saved, and passes through. In the end the trainee's parameters are those that were saved.
     """
-    parameters = list(trainee.parameters.values())
-    optimizer = torch.optim.AdamW(parameters, settings.learning_rate, (0.9, 0.999), weight_decay=settings.weight_decay)
-    progress = resume(folder, recipe(trainee, examples, settings), trainee.parameters, optimizer)
-    steps_an_epoch = len(epoch_steps(examples.shapes, settings, 0))
-    total = steps_an_epoch * settings.num_epochs
-
-    def save(name: str) -> None:
-        facts = {key: value for key, value in asdict(settings).items() if value is not None}
-        trainee.write(folder / f"{name}.safetensors", {"training": json.dumps(facts), "steps": str(progress.step)})
-        save_checkpoint(folder, progress, trainee.parameters, optimizer)
-
     with torch.inference_mode(False), torch.enable_grad(), trainee.model.attached() as network:
-        for step, batches in steps_from(progress, examples, settings):
-            generator = torch.Generator().manual_seed((settings.seed + 1) * 1_000_003 + step)
-            loss = 0.0
-            for indices in batches:
-                example = batch([examples[index] for index in indices])
-                part = example_loss(network, trainee.model, example, settings, generator) / len(batches)
-                part.backward()
-                loss += part.item()
-            check_loss(loss, step)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.step += 1
-            progress.losses.append(loss)
-            if progress.step % steps_an_epoch == 0:
-                save(f"epoch-{progress.step // steps_an_epoch - 1}")
-            elif settings.save_steps and progress.step % settings.save_steps == 0:
-                save(f"step-{progress.step}")
-            try:
-                if on_step is not None:
-                    on_step(progress.step, total, loss)
-            except BaseException:
-                save(f"step-{progress.step}")
-                raise
-    return progress.losses
+        training = Training(trainee, examples, settings, folder, network)
+        try:
+            training.run(on_step, held_out, on_sample)
+        finally:
+            training.close()
+        return training.progress.losses
 
 
-def steps_from(progress: Progress, examples: Examples, settings: Settings) -> Iterator[tuple[int, list[list[int]]]]:
-    """(number, batches) of every step that is left."""
-    step = 0
-    for epoch in range(settings.num_epochs):
-        for batches in epoch_steps(examples.shapes, settings, epoch):
-            if step >= progress.step:
-                yield step, batches
-            step += 1
+class Training:
+    """All that a training is made of between two steps."""
+
+    def __init__(self, trainee: Trainee, examples: Examples, settings: Settings, folder: Path, network: Network):
+        self.trainee, self.examples, self.settings, self.folder = trainee, examples, settings, folder
+        self.team = current_team()
+        self.steps_an_epoch = len(epoch_steps(examples.groups, settings, 0, self.team.count))
+        self.total = min(self.steps_an_epoch * settings.num_epochs, settings.max_train_steps or 2**63)
+        self.objective = Objective(network, trainee.model, settings)
+        self.parameters = self.team.prepare(self.objective, trainee)
+        self.optimizer = make_optimizer(self.parameters, settings.learning_rate, settings)
+        self.average = Average(self.parameters, settings.ema_decay) if settings.ema_decay else None
+        self.progress = self.resume(recipe(trainee, examples, settings, self.team.count))
+        self.log = Log(folder, self.progress.step, settings.tensorboard) if self.team.is_main else None
+
+    def close(self) -> None:
+        self.settle()
+        if self.log:
+            self.log.close()
+
+    def run(self, on_step: OnStep | None, held_out: Sequence[Example], on_sample: OnSample | None) -> None:
+        groups, begun = self.examples.groups, time.perf_counter()
+        for number, batches in steps_from(self.progress.step, self.total, groups, self.settings, self.team.count):
+            facts = self.step(number, batches)
+            now = time.perf_counter()
+            if self.log:
+                self.log.step({**facts, "seconds": round(now - begun, 4)})
+            begun = now
+            self.look(held_out, on_sample)
+            self.outside(on_step and partial(on_step, self.progress.step, self.total, facts["loss"]))
+
+    def step(self, number: int, batches: Sequence[Batch]) -> dict[str, float]:
+        """One step; what there is to tell of it."""
+        loss = self.gradients_or_save(number, batches)
+        rate = self.settings.rate(number, self.total)
+        set_rate(self.optimizer, rate)
+        length = self.team.step(self.optimizer, self.parameters, self.settings.max_grad_norm)
+        self.progress.step = number + 1
+        self.progress.losses.append(loss)
+        if self.average:
+            self.average.update(self.progress.step)
+        epoch = number // self.steps_an_epoch
+        return {"step": number + 1, "epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": length}
+
+    def gradients_or_save(self, number: int, batches: Sequence[Batch]) -> float:
+        """The step's loss, its gradient in the parameters. Where that fails, all steps before it are saved."""
+        try:
+            return persist(
+                partial(self.gradients, number, batches),
+                relieve=lambda: others_give(self.trainee.model.weights),
+                doing=f"training, in step {number + 1}",
+                advice=LESS_MEMORY,
+            )
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)
+            if number and self.team.saves_alone:
+                self.save(f"step-{number}")
+            raise
+
+    def gradients(self, number: int, batches: Sequence[Batch]) -> float:
+        self.optimizer.zero_grad(set_to_none=True)  # of a try before
+        team, loss = self.team, 0.0
+        for indices, generators, weight in share(batches, (self.settings.seed, number), team.rank, team.count):
+            part = weight * self.objective(self.examples.batch(indices, generators), generators)
+            part.backward()
+            loss += part.item()
+        loss = team.mean(loss)
+        check_loss(loss, number)
+        return loss
+
+    def look(self, held_out: Sequence[Example], on_sample: OnSample | None) -> None:
+        """Save, validate and show samples where it is time to."""
+        step = self.progress.step
+        epoch_ends = step % self.steps_an_epoch == 0
+
+        def due(every: int | None) -> bool:
+            return epoch_ends or step == self.total or (every is not None and step % every == 0)
+
+        if held_out and due(self.settings.validation_steps):
+            with self.at_rest():
+                losses = validation_losses(self.objective, held_out)
+            if self.log:
+                self.log.validation(step, losses)
+        if due(self.settings.sample_steps):
+            self.outside(on_sample and partial(self.show, on_sample))
+        if due(self.settings.save_steps):
+            self.save(f"epoch-{step // self.steps_an_epoch - 1}" if epoch_ends else f"step-{step}")
+
+    def show(self, on_sample: OnSample) -> None:
+        with self.at_rest(), torch.no_grad():
+            on_sample(self.trainee.model, self.progress.step)
+
+    def outside(self, call: Callable[[], None] | None) -> None:
+        """Call what is not ours. Where that fails, in any process, all save, as they may have to do it together."""
+        failure = None
+        try:
+            if call is not None:
+                call()
+        except BaseException as error:
+            failure = error
+        if self.team.mean(float(failure is not None)):
+            self.save(f"step-{self.progress.step}")
+            raise failure or KeyboardInterrupt
+
+    def settle(self) -> None:
+        """Let the parameters be those to save and to show: the average, or where schedule-free steps arrive at."""
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
+        if self.average:
+            put(self.parameters, self.average.values)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Settled inside the `with`; afterwards the training can go on."""
+        own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.settle()
+        try:
+            yield
+        finally:
+            if hasattr(self.optimizer, "train"):
+                self.optimizer.train()
+            put(self.parameters, own)  # the optimizer's own way back is rounded
+
+    def save(self, name: str) -> None:
+        """The result so far under its name, and a checkpoint."""
+        facts = {key: value for key, value in asdict(self.settings).items() if value is not None}
+        with self.at_rest():
+            texts = {"training": json.dumps(facts), "steps": str(self.progress.step)}
+            self.team.write(self.trainee, self.folder / f"{name}.safetensors", texts)
+        state = mapped(self.state(), self.team.whole)
+        if self.team.is_main:
+            save_checkpoint(self.folder, self.progress, state)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values if self.average else {},
+        }
+
+    @torch.no_grad()
+    def resume(self, recipe: str) -> Progress:
+        """Put everything into the state of the checkpoint in the folder, if there is one."""
+        found = load_checkpoint(self.folder, recipe)
+        if found is None:
+            return Progress(recipe)
+        progress, state = found
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.team.part(state["parameters"][name], parameter))
+            if self.average:
+                self.average.values[name].copy_(self.team.part(state["average"][name], parameter))
+        self.optimizer.load_state_dict(self.shared_out(state["optimizer"]))
+        return progress
+
+    def shared_out(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """An optimizer's state as this process holds it."""
+        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        states = {n: mapped(of, partial(self.team.part, like=ordered[n])) for n, of in state["state"].items()}
+        return {**state, "state": states}
 
 
-def example_loss(
-    network: Network, model: WanModel, example: Example, settings: Settings, generator: torch.Generator
-) -> Tensor:
-    """The weighted loss of a batch at random levels. What the trunk is given comes from the same code as in sampling.
-
-    Levels and noise are drawn on the CPU: a seed means the same on every device.
-    """
-    rows, _, *size = example.latents.shape
-    levels = training_levels(settings.shift).between(settings.min_timestep_boundary, settings.max_timestep_boundary)
-    sigmas, weights = levels.draw(rows, generator)
-    noise = torch.randn(example.latents.shape, generator=generator)
-    canvas = Canvas(rows, *size, dtype=model.compute_dtype, device=model.device)
-    run = Run(model.compute_dtype, model.attention, around(settings))
-    latents, text, sigmas, noise, weights = (
-        x.to(model.device) for x in (example.latents, example.text, sigmas, noise, weights)
-    )
-    injection = inject(example.conditions, network, canvas)
-    return (weights * flow_matching_loss(network.trunk, latents, text, sigmas, noise, injection, run)).mean()
-
-
-def around(settings: Settings) -> Callable:
-    """Calls a block so that its inner results are computed again in the backward pass instead of kept.
-
-    Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
-    """
-
-    def call(module: Callable, *arguments):
-        if settings.offload_activations:
-            with torch.autograd.graph.save_on_cpu():
-                return checkpoint(module, *arguments, use_reentrant=False)
-        return checkpoint(module, *arguments, use_reentrant=False)
-
-    return call
-
-
-def recipe(trainee: Trainee, examples: Examples, settings: Settings) -> str:
-    """The name of all that a training's steps follow from; its length and when it is saved are none of it."""
-    fixed = replace(settings, num_epochs=1, save_steps=None, offload_activations=False)
+def recipe(trainee: Trainee, examples: Examples, settings: Settings, processes: int = 1) -> str:
+    """The name of all that a training's steps follow from."""
+    free = FREE + (LENGTH if settings.lr_scheduler == "constant" else ())
+    usual = Settings()
+    fixed = replace(settings, **{name: getattr(usual, name) for name in free})
     shapes = {name: tuple(parameter.shape) for name, parameter in trainee.parameters.items()}
-    return digest(asdict(fixed), shapes, module_digest(trainee.model.trunk), examples.names)
+    return digest(asdict(fixed), processes, shapes, trainee.origin, examples.facts)
 
 
 def check_loss(loss: float, step: int) -> None:
     if not abs(loss) < float("inf"):
         raise ModelError(
-            f"In step {step + 1} the loss was {loss}. Choose a lower learning_rate, and go on from the last checkpoint."
+            f"In step {step + 1} the loss was {loss}. Choose a lower learning_rate and another output folder; the "
+            "result of the steps before is saved."
         )
