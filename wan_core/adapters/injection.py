@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from ..errors import InputError, ModelError
 from ..models.dit import CONCAT, DiT, Slots, Step
-from ..models.embedders import IMAGE_FEATURES
 from ..models.network import Network
 from ..size import pixel_size
 
@@ -191,7 +190,7 @@ def neutral(trunk: DiT, canvas: Canvas) -> Injection:
     concat = {name: canvas.zeros(channels) for name, channels in CONCAT[trunk.layout.in_dim].items()}
     if not trunk.layout.image_tokens:
         return Injection(concat=concat)
-    features = torch.zeros(1, IMAGE_TOKENS, IMAGE_FEATURES, dtype=canvas.dtype, device=canvas.device)
+    features = torch.zeros(1, IMAGE_TOKENS, trunk.layout.image_features, dtype=canvas.dtype, device=canvas.device)
     return Injection(concat=concat, context_prefix=trunk.img_emb(features))
 
 

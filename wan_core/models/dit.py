@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ..errors import ModelError
 from .attention import attention
-from .embedders import CameraAdapter, ImageEmbedding, sinusoid
+from .embedders import IMAGE_FEATURES, CameraAdapter, ImageEmbedding, sinusoid
 from .layers import GELU, Conv2d, Conv3d, LayerNorm, Linear, RMSNorm, linear, widened
 
 LATENT_CHANNELS = 16
@@ -72,6 +72,7 @@ class DiTLayout:
     text_dim: int = 4096
     frequency_dim: int = 256
     image_tokens: bool = False
+    image_features: int = IMAGE_FEATURES  # width of the CLIP features that are looked at
     image_positions: int = 0  # rows of img_emb.emb_pos, 0 where there is none
     reference: bool = False  # ref_conv
     camera_channels: int = 0  # of the rays that control_adapter takes, 0 where there is none
@@ -96,6 +97,7 @@ class DiTLayout:
             text_dim=shapes["text_embedding.0.weight"][1],
             frequency_dim=shapes["time_embedding.0.weight"][1],
             image_tokens="blocks.0.cross_attn.k_img.weight" in shapes,
+            image_features=shapes.get("img_emb.proj.0.weight", (IMAGE_FEATURES,))[0],
             image_positions=shapes.get("img_emb.emb_pos", (1, 0))[1],
             reference="ref_conv.weight" in shapes,
             camera_channels=shapes.get("control_adapter.conv.weight", (0, 0))[1] // 64,
@@ -411,7 +413,7 @@ class DiT(nn.Module):
         )
         self.head = Head(dim, layout.out_dim)
         if layout.image_tokens:
-            self.img_emb = ImageEmbedding(dim, layout.image_positions)
+            self.img_emb = ImageEmbedding(layout.image_features, dim, layout.image_positions)
         if layout.reference:
             self.ref_conv = Conv2d(LATENT_CHANNELS, dim, PATCH[1:], PATCH[1:])
         if layout.camera_channels:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import ModelError
 from .layers import Conv2d, LayerNorm, Linear
 
 IMAGE_FEATURES = 1280  # width of the CLIP ViT-H features
@@ -17,17 +18,22 @@ CAMERA_FOLD = 8  # rays come in pixels, eight to a latent position
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP features (b, n, 1280) -> context tokens (b, n, dim). First / last frame models also tell positions apart."""
+    """CLIP features (b, n, width) -> context tokens (b, n, dim). Those of first / last frame models know positions."""
 
-    def __init__(self, dim: int, positions: int = 0):
+    def __init__(self, width: int, dim: int, positions: int = 0):
         super().__init__()
+        self.width = width
         self.proj = nn.Sequential(
-            LayerNorm(IMAGE_FEATURES), Linear(IMAGE_FEATURES, IMAGE_FEATURES), nn.GELU(),
-            Linear(IMAGE_FEATURES, dim), LayerNorm(dim),
+            LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, dim), LayerNorm(dim)
         )  # fmt: skip
-        self.emb_pos = nn.Parameter(torch.zeros(1, positions, IMAGE_FEATURES)) if positions else None
+        self.emb_pos = nn.Parameter(torch.zeros(1, positions, width)) if positions else None
 
     def forward(self, features: Tensor) -> Tensor:
+        if features.shape[-1] != self.width:
+            raise ModelError(
+                f"The image encoder gives features {features.shape[-1]} wide, but this model looks at {self.width} "
+                "wide ones. Load the image encoder that it was trained with (clip_vision_h.safetensors for Wan 2.1)."
+            )
         if self.emb_pos is not None:
             features = features + self.emb_pos[:, : features.shape[1]].to(features.dtype)
         return self.proj(features)
