@@ -7,7 +7,7 @@ import logging
 
 MENUS = (
     "load", "text", "condition", "camera", "vace", "modules", "lora", "offload", "library", "speed_up", "sample", "vae",
-    "video", "dataset", "train", "grid",
+    "video", "report", "dataset", "train", "grid", "plan",
 )  # fmt: skip
 
 

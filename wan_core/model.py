@@ -81,7 +81,8 @@ class Engine:
 
         memory: (total, free) bytes of the device, None where that is unknown.
         """
-        for weights, planned in zip(self.weights, self.plans(offload, room, memory, self.resident_bytes()), strict=True):
+        plans = self.plans(offload, room, memory, self.resident_bytes())
+        for weights, planned in zip(self.weights, plans, strict=True):
             weights.limit_to(planned)
 
     def plans(self, offload: Offload, room: int, memory: tuple[int, int] | None, held: int = 0) -> list[Plan]:

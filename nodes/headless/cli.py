@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 from ...wan_core.errors import FileError, WanError
 from ..host.standalone import Interrupted, host
 from . import together
+from .convert import add_convert, convert
 from .models import add_models
 from .plan import add_plan
 from .train import add_train, train
@@ -64,11 +64,14 @@ def parser() -> argparse.ArgumentParser:
     nodes.set_defaults(command=nodes_command)
 
     inspect = commands.add_parser("inspect", help="tell what a model file is, or how a video was made")
-    inspect.add_argument("files", nargs="+", help="a checkpoint, all parts of one, a LoRA, or a video or picture")
+    inspect.add_argument("files", nargs="+", help="a checkpoint, all parts of one, a folder, a LoRA, a video or a "
+                         "picture: a path, or a name in the model, input or output folder")
+    inspect.add_argument("--models-dir", type=folder, metavar="FOLDER", help="where the model folders are (./models)")
+    inspect.set_defaults(command=inspect_command)
 
+    add_convert(commands).set_defaults(command=convert_command)
     add_models(commands)
     add_plan(commands)
-    inspect.set_defaults(command=inspect_command)
 
     add_train(commands).set_defaults(command=train_command)
     return top
@@ -144,23 +147,18 @@ def nodes_command(options: argparse.Namespace) -> int:
 
 
 def inspect_command(options: argparse.Namespace) -> int:
-    from ...wan_core.loading.checkpoint import open_checkpoint
-    from ...wan_core.loading.identify import KINDS, identify
-    from ...wan_core.video import VIDEO_SUFFIXES, read_graph
+    from ...wan_core.loading.inspect import inspect
+    from ..report import named_files
 
-    path = Path(options.files[0])
-    if path.suffix.lower() in (*VIDEO_SUFFIXES, ".png"):
-        print("\n".join(graph_page(path, read_graph(path))))
-        return OK
-    checkpoint = open_checkpoint(options.files)
-    identity = identify(checkpoint.shapes)
-    kind = KINDS.get(identity.kind)
-    print(identity.summary if identity.kind == "relative" else f"{checkpoint.description} is {identity.summary}.")
-    types = sorted({checkpoint.storage(name) for name in checkpoint.shapes})
-    numbers = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    print(f"{len(checkpoint.shapes)} tensors, {numbers / 1e6:,.1f} million numbers, {', '.join(types)}.")
-    if kind:
-        print(f"Load it with '{kind.node}'." if kind.node else "This version of WanFlow cannot use it yet.")
+    host.models_dir = options.models_dir or host.models_dir
+    print(inspect(named_files("\n".join(options.files))))
+    return OK
+
+
+def convert_command(options: argparse.Namespace) -> int:
+    stop_on_interrupt()
+    for path in convert(options):
+        print(path, flush=True)
     return OK
 
 
@@ -189,17 +187,6 @@ def node_page(info: dict[str, Any]) -> list[str]:
             mark = "" if group == "required" else ", optional"
             lines.append(f"  {name}: {describe(spec)}{default}{mark}. {spec[1].get('tooltip', '')}".rstrip())
     lines += [f"  -> {name}: {kind}" for name, kind in zip(info["output_name"], info["output"], strict=True)]
-    return lines
-
-
-def graph_page(path: Path, graph: dict[str, dict] | None) -> list[str]:
-    """The workflow that a video carries, a line a node, with the values that were entered."""
-    if graph is None:
-        return [f"{path} carries no workflow."]
-    lines = [f"{path} was made by this workflow:"]
-    for node in graph.values():
-        values = (f"{name} {value!r}" for name, value in node["inputs"].items() if not isinstance(value, list))
-        lines.append(f"  {node['class_type']}: {', '.join(values)}".rstrip(": "))
     return lines
 
 

@@ -1,7 +1,7 @@
 """Checkpoints without their numbers: shapes and types alone, for plans that are made before anything is read.
 
-Of a file they are in its header. Of a catalogued model that is not on this machine they follow from what is published of
-it, so that one can ask before downloading.
+Of a file they are in its header. Of a catalogued model that is not on this machine they follow from what is published
+of it, so that one can ask before downloading.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ TEXT_TOWER = 2_260_000_000  # bytes of the published image encoder's file that W
 
 
 class Outline(Checkpoint):
-    """A checkpoint whose tensors lie on torch's meta device. `bytes` is the size of its files, `missing` tells that they
-    are not on this machine."""
+    """A checkpoint whose tensors lie on torch's meta device. `bytes` is the size of its files, `missing` tells that
+    they are not on this machine."""
 
     bytes: int
     missing: bool

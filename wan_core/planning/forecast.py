@@ -47,14 +47,22 @@ class Outlook:
         return sum(plan.streamed_bytes for plan in self.plans)
 
     @property
+    def blocks(self) -> tuple[int, int]:
+        """How many blocks stay on the card, and how many there are."""
+        numbers = [set(weights.sizes()[1]) for weights in self.phase.engine.weights] if self.plans else []
+        stay = sum(len(blocks & set(plan.resident)) for blocks, plan in zip(numbers, self.plans, strict=True))
+        return stay, sum(map(len, numbers))
+
+    @property
     def vram(self) -> int:
-        """Peak of the whole card."""
-        taken = 0 if self.machine.vram is None else self.machine.taken
-        return taken + self.resident + self.passing + self.phase.room if self.machine.vram is not None else 0
+        """Peak of the whole card, 0 where there is none."""
+        if self.machine.vram is None:
+            return 0
+        return self.machine.taken + self.resident + self.passing + self.phase.room
 
     @property
     def fits(self) -> bool:
-        return (self.machine.vram is None or self.vram <= self.machine.vram) and self.ram <= self.machine.ram
+        return self.vram <= (self.machine.vram or 0) and self.ram <= self.machine.ram
 
     @property
     def ram(self) -> int:
@@ -72,10 +80,11 @@ class Outlook:
 
     @property
     def reread(self) -> int:
-        """Bytes that come from the disk in every pass, as main memory cannot hold them."""
-        if self.streamed or self.machine.vram is None:
-            return max(0, min(self.mapped, self.ram + self.mapped - self.machine.ram))
-        return 0
+        """Bytes that come from the disk in every pass, as main memory cannot hold what travels or is used in place."""
+        used = self.mapped
+        if self.machine.vram is not None and self.phase.engine is not None:
+            used = self.mapped * self.streamed // max(1, self.resident + self.streamed)
+        return max(0, min(used, self.ram + used - self.machine.ram))
 
     @property
     def compute_seconds(self) -> float:
@@ -93,8 +102,8 @@ class Outlook:
 
     @property
     def seconds(self) -> float:
-        load = 0 if self.phase.engine is None else self.resident / self.machine.bus
-        return load + max(self.compute_seconds, self.transfer_seconds)
+        """Reading the files for the first time is not counted."""
+        return self.resident / self.machine.bus + max(self.compute_seconds, self.transfer_seconds)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ REACHED = 0.6  # of a card's rate
 GEN3, GEN4_X8, GEN4, GEN5 = 12e9, 12.5e9, 25e9, 50e9  # bytes a second that really come over the bus
 DISK = 2e9  # bytes a second, of a usual NVMe drive
 CONTEXT = GIB // 2  # of a card is taken by its driver and by the kernels' code
-PROCESSOR = 100e9  # products and sums a second of a usual processor's core in fp32
+BASE = 2 * GIB  # of main memory is taken by Python, torch and the libraries of a card
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Machine:
     bus: float = GEN4
     disk: float = DISK
     taken: int = CONTEXT
-    base: int = GIB // 2
+    base: int = BASE
 
     @property
     def memory(self) -> tuple[int, int] | None:
@@ -80,7 +80,7 @@ CARDS = (
 BY_NAME = {card.name.lower(): card for card in CARDS}
 
 
-def card(name: str) -> Machine:
+def card_like(name: str) -> Machine:
     """The card that is meant: capitals, spaces and the maker's name do not matter. Raises InputError."""
     wanted = "".join(name.lower().replace("nvidia", "").replace("geforce", "").split())
     found = {"".join(known.split()): machine for known, machine in BY_NAME.items()}

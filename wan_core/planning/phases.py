@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from ..compute import compute_dtype
 from ..model import Engine, WanImageEncoder, WanModel, WanTextEncoder, WanVAE
 from ..models.dit import PATCH
 from ..models.tiling import Size, ladder, tiles
 from ..models.tokenizer import MAX_TOKENS
+from ..offload.residency import Residency
 from ..room import decoding_room, encoding_room, image_room, text_room
 from ..sampling.loop import Settings, in_front, working_room
 from ..size import PIXELS_PER_LATENT, pixel_size
+from .machines import Machine
 from .work import VAE_DECODE, VAE_ENCODE, coding_work, image_work, text_work, trunk_work
 
+CARD = torch.device("cuda")
 FLOAT = 4  # bytes of a number of what waits between nodes
 
 
@@ -118,6 +124,27 @@ def sampling_phase(
         work=rows * branches * work / (calls * len(spans)),
         detail=", ".join(detail),
     )
+
+
+def free_for(vae: WanVAE, machine: Machine) -> int | None:
+    """Bytes of the card beside the VAE, which is always there as a whole; None where there is no card."""
+    return None if machine.memory is None else machine.memory[1] - vae.total_bytes()
+
+
+def moved(engine: Engine, machine: Machine) -> Engine:
+    """The engine as it would compute there: a card is fast in another type than a processor."""
+    device = torch.device("cpu") if machine.vram is None else CARD
+    if device.type == engine.device.type:
+        return engine
+    dtype = torch.float32 if isinstance(engine, WanVAE) and machine.vram is None else compute_dtype(device)
+    parts = {"device": device, "compute_dtype": dtype, "residency": _moved(engine.residency, dtype)}
+    if isinstance(engine, WanModel):
+        parts["beside"] = {name: _moved(weights, dtype) for name, weights in engine.beside.items()}
+    return replace(engine, **parts)
+
+
+def _moved(weights: Residency, dtype: torch.dtype) -> Residency:
+    return Residency(weights.module, dtype, weights.rest_on)
 
 
 def saving_phase(frames: int, height: int, width: int) -> Phase:
