@@ -22,8 +22,9 @@ from comfyui_wanflow.wan_core.loading.lora_files import load_lora
 from comfyui_wanflow.wan_core.tiny import measure, world
 from comfyui_wanflow.wan_core.tiny.evaluate import held_out_facts, make_videos, scores
 from comfyui_wanflow.wan_core.training.cache import Cache
-from comfyui_wanflow.wan_core.training.dataset import Framing, list_items
+from comfyui_wanflow.wan_core.training.dataset import list_items
 from comfyui_wanflow.wan_core.training.examples import Encoders, prepare
+from comfyui_wanflow.wan_core.training.framing import Framing
 from comfyui_wanflow.wan_core.training.loop import Settings, train
 from comfyui_wanflow.wan_core.training.trainee import new_lora
 from comfyui_wanflow.wan_core.video import save_video

@@ -20,7 +20,7 @@ from ..wan_core.training.optimizers import OPTIMIZERS
 from ..wan_core.training.rates import SCHEDULES
 from ..wan_core.training.results import captioned, results
 from ..wan_core.training.samples import sample_like
-from ..wan_core.training.trainee import LORA_TARGETS, Trainee, mixed
+from ..wan_core.training.trainee import KINDS, LORA_TARGETS, Trainee, mixed
 from .dataset import CACHE, TrainingData
 from .host import host, io
 from .watch import Finished, Watch
@@ -49,9 +49,10 @@ def what_to_train() -> list:
         ),
         io.Combo.Input(
             "mode",
-            options=["lora", "full"],
+            options=[*KINDS, "full"],
             default="lora",
-            tooltip="lora: a small file of changes. full: all weights, which needs much more memory.",
+            tooltip="lora: a small file of changes. dora: one that learns the size of weights apart from their "
+            "direction. full: all weights, which needs much more memory.",
         ),
         io.String.Input(
             "parts",
@@ -59,10 +60,21 @@ def what_to_train() -> list:
             tooltip="What is trained, with commas: dit (the diffusion model), vace, motion_controller.",
         ),
         io.Int.Input("rank", default=32, min=1, max=4096, tooltip="Of the LoRA: a higher one can learn more."),
+        rare(
+            io.Float.Input(
+                "alpha",
+                default=0.0,
+                min=0.0,
+                max=4096.0,
+                step=1.0,
+                round=0.001,
+                tooltip="The LoRA counts alpha / rank while it is trained, and when it is used. 0: as rank.",
+            )
+        ),
         io.String.Input(
             "targets",
             default=",".join(LORA_TARGETS),
-            tooltip="Layers that the LoRA changes: names or their ends, with commas. k_img,v_img look at images.",
+            tooltip="Layers that the LoRA changes, with commas: names, ends of names, or patterns (blocks.1?.*attn.q).",
         ),
     ]
 
@@ -82,7 +94,8 @@ def how_long() -> list:
         io.Int.Input("epochs", default=10, min=1, max=1_000_000, tooltip="How often all clips are gone through."),
         io.Int.Input("max_steps", default=0, **many, tooltip="End after so many steps at the latest. 0: no limit."),
         io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Clips of one size at once."),
-        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="The same seed trains the same."),
+        # not "seed", which front ends draw anew after each run: then a stopped training could not go on
+        io.Int.Input("train_seed", default=0, min=0, max=0xFFFFFFFF, tooltip="The same seed trains the same."),
         io.String.Input(
             "extra_inputs",
             default="",
@@ -132,6 +145,12 @@ def fine_points() -> list:
         ),
         io.Float.Input(
             "ema_decay", default=0.0, max=1.0, **share, tooltip="Save an average: 0.99 of about 100 steps. 0: the last."
+        ),
+        io.Float.Input(
+            "max_grad_norm", default=1.0, max=1000.0, **share, tooltip="Longer gradients are cut to this. 0: none are."
+        ),
+        io.Float.Input(
+            "lora_plus", default=1.0, max=1000.0, **share, tooltip="How much faster its second factor learns: 16."
         ),
         io.Combo.Input(
             "timesteps", options=list(TIMESTEPS), default="shifted", tooltip="Which noise levels are trained most."
@@ -185,31 +204,31 @@ class Train(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, vae, text_encoder, dataset, folder, mode, parts, rank, targets, learning_rate, epochs, max_steps,
-        batch_size, seed, extra_inputs, memory, save_every, sample_every, sample_prompt, also_full, accumulation,
-        optimizer, schedule, warmup_steps, weight_decay, ema_decay, timesteps, weighting, shift, image_encoder=None,
-        held_out=None, start_lora=None,
+        cls, model, vae, text_encoder, dataset, folder, mode, parts, rank, alpha, targets, learning_rate, epochs,
+        max_steps, batch_size, train_seed, extra_inputs, memory, save_every, sample_every, sample_prompt, also_full,
+        accumulation, optimizer, schedule, warmup_steps, weight_decay, ema_decay, max_grad_norm, lora_plus, timesteps,
+        weighting, shift, image_encoder=None, held_out=None, start_lora=None,
     ):  # fmt: skip
         if memory not in MEMORY:
             raise InputError(f"There is no memory '{memory}'. Choose one of {', '.join(MEMORY)}.")
         settings = Settings(
             learning_rate=learning_rate, num_epochs=epochs, max_train_steps=max_steps or None, batch_size=batch_size,
-            gradient_accumulation_steps=accumulation, repeat=dataset.repeat, seed=seed, save_steps=save_every or None,
-            sample_steps=sample_every or None, optimizer=optimizer, lr_scheduler=schedule, warmup_steps=warmup_steps,
-            weight_decay=weight_decay, ema_decay=ema_decay, timestep_sampling=timesteps, timestep_weighting=weighting,
-            shift=shift, **MEMORY[memory],
+            gradient_accumulation_steps=accumulation, repeat=dataset.repeat, seed=train_seed, optimizer=optimizer,
+            save_steps=save_every or None, sample_steps=sample_every or None, lr_scheduler=schedule,
+            warmup_steps=warmup_steps, weight_decay=weight_decay, ema_decay=ema_decay, max_grad_norm=max_grad_norm,
+            lora_plus_ratio=lora_plus, timestep_sampling=timesteps, timestep_weighting=weighting, shift=shift,
+            **MEMORY[memory],
         )  # fmt: skip
         place = host.output_folder(folder)
         watch = Watch(cls.hidden.unique_id, place)
         encoders = Encoders(vae, text_encoder, image_encoder)
         examples = prepared(dataset, encoders, names(extra_inputs), watch)
         unseen = prepared(held_out, encoders, names(extra_inputs), watch) if held_out else ()
-        trainee = captioned(
-            new_trainee(model, mode, names(parts), names(also_full), rank, names(targets), seed, start_lora),
-            (item.prompt for item in dataset.items),
-        )
+        changes = {"rank": rank, "alpha": alpha or None, "targets": names(targets), "start": start_lora}
+        trainee = new_trainee(model, mode, names(parts), names(also_full), {**changes, "seed": train_seed})
+        trainee = captioned(trainee, (item.prompt for item in dataset.items))
         if sample_every:
-            sample = sample_like(examples[0], model, text_encoder, sample_prompt, seed)
+            sample = sample_like(examples[0], model, text_encoder, sample_prompt, train_seed)
             watch.show_samples(sample, vae, sample_every)
         try:
             with host.attached(trainee.model):
@@ -236,21 +255,20 @@ def prepared(dataset: TrainingData, encoders: Encoders, extra_inputs: list[str],
     return examples
 
 
-def new_trainee(
-    model: Any, mode: str, parts: list[str], also_full: list[str], rank: int, targets: list[str], seed: int, start: Any
-) -> Trainee:
+def new_trainee(model: Any, mode: str, parts: list[str], also_full: list[str], changes: dict[str, Any]) -> Trainee:
+    """`changes`: what a LoRA is made with."""
     if mode == "full":
         return mixed(model, parts, [])
-    if mode != "lora":
-        raise InputError(f"There is no mode '{mode}'. Choose lora or full.")
-    return mixed(model, also_full, parts, rank=rank, targets=targets, seed=seed, start=start)
+    if mode not in KINDS:
+        raise InputError(f"There is no mode '{mode}'. Choose one of {', '.join(KINDS)}, full.")
+    return mixed(model, also_full, parts, kind=mode, **changes)
 
 
 def finished(trainee: Trainee, model: Any, mode: str, place: Path, watch: Watch) -> io.NodeOutput:
     """What the node gives: the last that was saved."""
     _, file = results(place)[-1]
     lora, result = None, trainee.model
-    if mode == "lora":
+    if mode in KINDS:
         lora = replace(load_lora(file), name=place.name)
         result = replace(result, loras=(*model.loras, (lora, 1.0)))
     losses = read_losses(place)

@@ -63,9 +63,9 @@ RELEASED = {
         "dataset preview report",
     ),
     "WanFlowTrain": (
-        "model vae text_encoder dataset folder mode parts rank targets learning_rate epochs max_steps batch_size seed "
-        "extra_inputs memory save_every sample_every sample_prompt also_full accumulation optimizer schedule "
-        "warmup_steps weight_decay ema_decay timesteps weighting shift",
+        "model vae text_encoder dataset folder mode parts rank alpha targets learning_rate epochs max_steps batch_size "
+        "train_seed extra_inputs memory save_every sample_every sample_prompt also_full accumulation optimizer schedule "
+        "warmup_steps weight_decay ema_decay max_grad_norm lora_plus timesteps weighting shift",
         "image_encoder held_out start_lora",
         "lora model loss folder",
     ),

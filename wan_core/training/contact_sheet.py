@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import WanError
 from ..fit import fit_pictures
@@ -13,12 +14,13 @@ from ..sheet import video_sheet
 from .inputs import Piece, read_footage
 
 MOST = 24  # clips, evenly chosen of all
+COLUMN = 8  # of them below each other
 FRAMES = 4
-HEIGHT, CAPTION = 96, 320  # pixels: of a frame, and beside it
+HEIGHT, CAPTION = 96, 240  # pixels: of a frame, and beside it
 
 
 def contact_sheet(pieces: Sequence[Piece]) -> Tensor:
-    """(1, H, W, 3) in 0..1, a row a clip. Clips of other shapes than the first have bars at their sides."""
+    """(1, H, W, 3) in 0..1. Clips of other shapes than the first have bars at their sides."""
     rows, captions = [], []
     for number in torch.linspace(0, len(pieces) - 1, min(MOST, len(pieces))).round().long().tolist():
         try:
@@ -32,7 +34,12 @@ def contact_sheet(pieces: Sequence[Piece]) -> Tensor:
         rows, captions = [torch.zeros(1, HEIGHT, HEIGHT, 3)], ["There is nothing to train on."]
     _, height, width, _ = rows[0].shape
     cells = [[fit_pictures(frame[None], width, height, "contain") for frame in some(clip)] for clip in rows]
-    return video_sheet(cells, captions, [""] * FRAMES, HEIGHT, CAPTION)
+    columns = [
+        video_sheet(cells[first : first + COLUMN], captions[first : first + COLUMN], [""] * FRAMES, HEIGHT, CAPTION)
+        for first in range(0, len(cells), COLUMN)
+    ]
+    tallest = columns[0].shape[1]
+    return torch.cat([F.pad(column, (0, 0, 0, 0, 0, tallest - column.shape[1])) for column in columns], dim=2)
 
 
 def some(clip: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def new_lora(
         go_on(changes, start)
     lora = Lora(f"LoRA for {model.name}", {name: change.to(model.device) for name, change in changes.items()})
     factors = {f"{name}.{role}": p for name, change in changes.items() for role, p in change.named_parameters()}
-    details = {"base_model": model.name, "lora_rank": str(rank), "lora_alpha": f"{alpha or rank:g}"}
+    details = {"ss_base_model_version": model.name, "lora_rank": str(rank), "lora_alpha": f"{alpha or rank:g}"}
     loras = [(module_digest(lora.residency.module), strength) for lora, strength in (*model.loras, (lora, 1.0))]
 
     def write(path: Path, metadata: Mapping[str, str], gather: Gather | None = None) -> None:
