@@ -2,7 +2,7 @@
 
 AdamW: Loshchilov and Hutter, arXiv 1711.05101. 8-bit states: Dettmers et al., arXiv 2110.02861. Adafactor: Shazeer and
 Stern, arXiv 1804.04235. Prodigy: Mishchenko and Defazio, arXiv 2306.06101. Schedule-free: Defazio et al., arXiv
-2405.15682. LoRA+: Hayou et al., arXiv 2402.12354.
+2405.15682. Muon: muon.py. LoRA+: Hayou et al., arXiv 2402.12354.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ OPTIMIZERS = {
     "adafactor": Kind("transformers", "Adafactor", "transformers", {"scale_parameter": False, "relative_step": False}),
     "prodigy": Kind("prodigyopt", "Prodigy", "prodigyopt", {"safeguard_warmup": True, "use_bias_correction": True}),
     "schedule_free": Kind("schedulefree", "AdamWScheduleFree", "schedulefree"),
+    "muon": Kind(f"{__package__}.muon", "Muon"),
 }
 
 
