@@ -90,7 +90,7 @@ def look_with(image_encoder: Any) -> Callable[[Tensor], Tensor] | None:
     def look(picture: Tensor) -> Tensor:
         if hasattr(image_encoder, "encode_image"):  # ComfyUI's
             return check_features(image_encoder.encode_image(picture, crop=False).penultimate_hidden_states)
-        with host.attached(image_encoder):
+        with host.attached(image_encoder, image_encoder.working_room()):
             return image_encoder.encode(picture)
 
     return look

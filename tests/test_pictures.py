@@ -287,6 +287,9 @@ class CoreVAE:
 
     first_stage_model = None
 
+    def working_room(self):
+        return 0
+
     def encode(self, images):
         return echo(images.movedim(-1, 0)[None] * 2 - 1)
 

@@ -33,7 +33,7 @@ from .offload.options import Offload
 from .offload.policy import Plan, plan_all
 from .offload.recovery import Result, others_give, persist
 from .offload.residency import Residency
-from .room import decoding_room, encoding_room
+from .room import decoding_room, encoding_room, image_room, text_room, widened_room
 from .sampling.teacache import TeaCache
 from .sampling.windows import Windows
 
@@ -209,6 +209,11 @@ class WanTextEncoder(Engine):
     module: UMT5Encoder
     tokenizer: Tokenizer
 
+    def working_room(self) -> int:
+        """Bytes that a prompt, however long, needs beside the weights."""
+        room = text_room(self.module.layout, MAX_TOKENS, self.compute_dtype)
+        return room + widened_room(self.module, self.compute_dtype)
+
     def encode(self, texts: list[str]) -> tuple[Tensor, tuple[int, ...], str]:
         """n texts -> embeddings (n, 512, dim) fp32 on the CPU, zero after each text's real length; the lengths in
         tokens; and a report, "" unless something was cut."""
@@ -228,6 +233,10 @@ class WanImageEncoder(Engine):
     """Looks at pictures."""
 
     module: ImageEncoder
+
+    def working_room(self) -> int:
+        """Bytes that a picture needs beside the weights."""
+        return image_room(self.module.layout, self.compute_dtype) + widened_room(self.module, self.compute_dtype)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (n, H, W, 3) in 0..1, of any size -> features (n, 257, 1280) fp32 on the CPU."""

@@ -13,7 +13,7 @@ from ..models.dit import PATCH
 from ..models.tiling import Size, ladder, tiles
 from ..models.tokenizer import MAX_TOKENS
 from ..offload.residency import Residency
-from ..room import decoding_room, encoding_room, image_room, text_room
+from ..room import decoding_room, encoding_room
 from ..sampling.loop import Settings, in_front, working_room
 from ..size import PIXELS_PER_LATENT, pixel_size
 from .machines import Machine
@@ -46,14 +46,14 @@ class Phase:
 def text_phase(encoder: WanTextEncoder) -> Phase:
     """One prompt, of any length."""
     layout = encoder.module.layout
-    room = text_room(layout, MAX_TOKENS, encoder.compute_dtype)
+    room = encoder.working_room()
     return Phase("text encoding", encoder, room, MAX_TOKENS * layout.dim * FLOAT, 1, text_work(layout))
 
 
 def image_phase(encoder: WanImageEncoder) -> Phase:
     """One picture."""
     layout = encoder.module.layout
-    room = image_room(layout, encoder.compute_dtype)
+    room = encoder.working_room()
     return Phase("image encoding", encoder, room, layout.positions * layout.dim * FLOAT, 1, image_work(layout))
 
 
