@@ -253,6 +253,15 @@ def test_other_families_are_refused_by_name(changes, family):
 # ---- types, batches, hooks --------------------------------------------------------------------------------------
 
 
+def test_the_width_of_image_features_is_read_from_the_tensors():
+    layout = DiTLayout(dim=128, ffn_dim=64, layers=1, heads=1, in_dim=36, image_tokens=True, image_features=80)
+    dit = DiT(layout)
+    assert DiTLayout.from_shapes({name: tuple(x.shape) for name, x in dit.state_dict().items()}) == layout
+    assert dit.img_emb(torch.zeros(1, 257, 80)).shape == (1, 257, 128)
+    with pytest.raises(ModelError, match="1280 wide, but this model looks at 80"):
+        dit.img_emb(torch.zeros(1, 257, 1280))
+
+
 def test_weights_stored_narrow_compute_wide():
     dit = random_dit(IMAGE).bfloat16()
     x, timestep, text = inputs(IMAGE)
@@ -330,16 +339,48 @@ def test_checkpointing_goes_around_every_block():
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def test_inference_takes_less_memory_and_gives_the_same(monkeypatch):
-    """Without autograd results are written over inputs, and the feed-forward network takes a piece at a time."""
-    dit = random_dit(TINY)
-    x, timestep, text = inputs(TINY, batch=2)
+@pytest.mark.parametrize("layout", [TINY, dataclasses.replace(TINY, in_dim=36, image_tokens=True)])
+def test_work_in_pieces_gives_the_same(monkeypatch, layout):
+    """Without autograd results are written over inputs, and layers, norms and rotations take some tokens at a time."""
+    dit = random_dit(layout)
+    x, timestep, text = inputs(layout, batch=2)
     originals = x.clone(), text.clone()
-    monkeypatch.setattr(dit_module, "FEED_FORWARD_TOKENS", 7)
+    slots = Slots()
+    if layout.image_tokens:
+        beside = {"mask": torch.randn(2, 4, *x.shape[2:]), "image": torch.randn(2, 16, *x.shape[2:])}
+        slots = Slots(concat=beside, context_prefix=torch.randn(2, 5, layout.dim))
+    expected = dit(x, timestep, text, slots)
     with torch.inference_mode():
-        got = dit(x, timestep, text)
+        whole = dit(x, timestep, text, slots)
+        monkeypatch.setattr(dit_module, "ROPE_TOKENS", 5)
+        assert torch.equal(dit(x, timestep, text, slots), whole)
+        monkeypatch.setattr(dit_module, "PRODUCT_TOKENS", 7)
+        pieces = dit(x, timestep, text, slots)
     assert torch.equal(x, originals[0]) and torch.equal(text, originals[1])
-    assert relative_error(got, dit(x, timestep, text)) < 1e-5
+    assert relative_error(pieces, whole) < 1e-5
+    assert relative_error(whole, expected) < 1e-5
+
+
+@pytest.mark.parametrize("image_tokens", [False, True])
+def test_what_follows_from_the_text_alone_is_worked_out_once(image_tokens):
+    layout = dataclasses.replace(TINY, image_tokens=image_tokens)
+    if image_tokens:
+        layout = dataclasses.replace(layout, in_dim=36)
+    dit, calls = random_dit(layout), []
+    for block in dit.blocks:
+        for name in ("k", "v") + (("k_img", "v_img") if image_tokens else ()):
+            getattr(block.cross_attn, name).register_forward_hook(lambda *_: calls.append(1))
+    x, timestep, text = inputs(layout)
+    slots = Slots()
+    if image_tokens:
+        beside = {"mask": torch.randn(1, 4, *x.shape[2:]), "image": torch.randn(1, 16, *x.shape[2:])}
+        slots = Slots(concat=beside, context_prefix=torch.randn(1, 5, layout.dim))
+    with torch.inference_mode():
+        expected = [dit(noisy, timestep, text, slots) for noisy in (x, x + 1)]
+        plain, kept = len(calls), {}
+        for noisy, answer in zip((x, x + 1), expected, strict=True):
+            assert torch.equal(dit(noisy, timestep, text, slots, Run(kept=kept)), answer)
+    assert len(calls) == plain + plain // 2
 
 
 def test_a_cache_may_replace_the_body():
@@ -349,9 +390,8 @@ def test_a_cache_may_replace_the_body():
 
     def remember(advance, tokens):
         before = tokens.clone()
-        after = advance(tokens)
-        torch.testing.assert_close(tokens, before, rtol=0, atol=0)  # the blocks leave what they are given alone
-        change.append(after - tokens)
+        after = advance(tokens)  # writes over what it is given
+        change.append(after - before)
         return after
 
     with torch.inference_mode():

@@ -210,7 +210,7 @@ def test_vace_runs_only_as_far_as_the_trunk_asks():
     x, text = frames(16), torch.randn(1, 6, TINY.text_dim)
     with torch.inference_mode():
         dit(x, torch.tensor([500.0]), text, injection, Run(around=around))
-        assert seen == [dit.blocks[0], vace.vace_blocks[0], dit.blocks[1], dit.blocks[2], vace.vace_blocks[1]]
+        assert seen == [vace.vace_blocks[0], dit.blocks[0], dit.blocks[1], dit.blocks[2], vace.vace_blocks[1]]
         seen.clear()
         dit(x, torch.tensor([500.0]), text, injection, Run(around=around, body=lambda advance, tokens: tokens))
     assert seen == []

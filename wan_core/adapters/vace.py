@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.dit import Step
+from ..models.dit import Step, plus
 from ..models.network import Network
 from ..models.vace import VACE
 from ..models.vae import normalised
@@ -104,23 +104,26 @@ class VACEResiduals:
 
     def start(self, x: Tensor, step: Step, around: Callable) -> Callable[[int, Tensor], Tensor]:
         hints = self.hints(x, step, around)
+        next(hints)  # its first block reads the trunk's tokens, which the trunk's own blocks write over
         places = self.module.places(self.trunk_layers)
 
         def add(i: int, x: Tensor) -> Tensor:
-            return torch.add(x, next(hints), alpha=self.strength) if i in places else x
+            return plus(x, next(hints), self.strength) if i in places else x
 
         return add
 
     def hints(self, trunk: Tensor, step: Step, around: Callable):
-        """One hint (b, n, dim) after the other, each worked out when it is asked for."""
+        """Nothing, then one hint (b, n, dim) after the other, each but the first worked out when it is asked for."""
         x = self.module.vace_patch_embedding(self.context.to(trunk.dtype)).flatten(1, 3)
         x = F.pad(x, (0, 0, step.tokens - x.shape[1], 0))  # zeros for the trunk's reference frames, in front
         x = step.split(x)
         first, *others = self.module.vace_blocks
         x, hint = around(first, x, step, trunk)
         del trunk
+        yield
         yield hint
         for block in others:
+            del hint
             x, hint = around(block, x, step)
             yield hint
 

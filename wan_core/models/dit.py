@@ -33,7 +33,8 @@ PATCH = (1, 2, 2)  # frames, rows and columns of latents in one token
 HEAD_DIM = 128
 TEXT_ROWS = 512  # what the published models attend to: shorter texts are followed by zero rows
 EPS = 1e-6
-FEED_FORWARD_TOKENS = 8192  # whose hidden layer is held at a time
+PRODUCT_TOKENS = 8192  # that go through a linear layer at a time, where results are written over inputs
+ROPE_TOKENS = 2048  # that are held in fp32 at a time
 
 # What a model reads beside the latents, by its number of input channels, in the order of the channels.
 CONCAT = {
@@ -190,6 +191,7 @@ class Step(NamedTuple):
     tokens: int  # of the whole video, of which a process may have a part
     attend: Callable[..., Tensor]  # from the video to the video
     split: Callable[[Tensor], Tensor]  # (b, tokens, dim) -> those of this process
+    kept: dict | None = None  # see `Run`
 
 
 def call(module: Callable, *args: Any) -> Any:
@@ -217,7 +219,9 @@ class Run:
     """What differs from call to call, so that handles which share a trunk never write to it.
 
     `around(module, *args)` calls a module: checkpointing and offload take its place. `body(advance, x)` takes the
-    tokens through all blocks by `advance(x)`: a cache may leave that out. `parallel` shares the tokens among processes.
+    tokens through all blocks by `advance(x)`, which writes over them: a cache may leave that out. `parallel` shares the
+    tokens among processes. `kept`: what follows from the text and the image alone is worked out once and kept there,
+    for further calls with the same ones; None: it is worked out in each call.
     """
 
     compute_dtype: torch.dtype = torch.float32
@@ -225,6 +229,7 @@ class Run:
     around: Callable = call
     body: Callable = call
     parallel: Alone = field(default_factory=Alone)
+    kept: dict | None = None
 
 
 @functools.lru_cache(maxsize=4)
@@ -265,9 +270,40 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), scale)
 
 
+def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), where each of the tokens (b, n, dim) is worked on alone and keeps its shape.
+
+    Where it may, it works on some of many tokens at a time, and writes the results over `x`.
+    """
+    if x.shape[1] <= PRODUCT_TOKENS or keeps_inputs():
+        return function(x)
+    for piece in x.split(PRODUCT_TOKENS, dim=1):
+        piece.copy_(function(piece))
+    return x
+
+
+def once(kept: dict | None, key: object, make: Callable):
+    """make(), or what it gave before where that was kept."""
+    if kept is None:
+        return make()
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
+
+
+def plus(x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
+    """x + factor * y, which takes the place of `x` where it may."""
+    return torch.add(x, y, alpha=factor, out=None if keeps_inputs() else x)
+
+
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y. Without autograd the sum takes the place of `y`."""
-    return torch.addcmul(x, y, gate.to(x.dtype), out=None if torch.is_grad_enabled() else y)
+    """x + gate * y, which takes the place of `x` where it may."""
+    return torch.addcmul(x, y, gate.to(x.dtype), out=None if keeps_inputs() else x)
+
+
+def keeps_inputs() -> bool:
+    """Whether nothing may be written over: autograd needs it, and the compiler saves memory by itself."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class SelfAttention(nn.Module):
@@ -282,9 +318,17 @@ class SelfAttention(nn.Module):
         return self.o(self.look(x, step).flatten(-2))
 
     def look(self, x: Tensor, step: Step) -> Tensor:
-        q = rope(self.split(self.norm_q(self.q(x))), step.rope)
-        k = rope(self.split(self.norm_k(self.k(x))), step.rope)
-        return step.attend(q, k, self.split(self.v(x)))
+        q = self.turned(self.q(x), self.norm_q, step.rope)
+        k = self.turned(self.k(x), self.norm_k, step.rope)
+        return step.attend(q, k, self.split(in_pieces(self.v, x)))
+
+    def turned(self, x: Tensor, norm: nn.Module, table: Tensor) -> Tensor:
+        """Queries or keys (b, n, dim), normed and turned -> (b, n, heads, head_dim); in pieces as in `in_pieces`."""
+        if x.shape[1] <= ROPE_TOKENS or keeps_inputs():
+            return rope(self.split(norm(x)), table)
+        for piece, turns in zip(x.split(ROPE_TOKENS, dim=1), table.split(ROPE_TOKENS), strict=True):
+            piece.copy_(rope(self.split(norm(piece)), turns).flatten(-2))
+        return self.split(x)
 
     def split(self, x: Tensor) -> Tensor:
         """(b, n, dim) -> (b, n, heads, head_dim), after the norms, which run over all heads at once."""
@@ -295,11 +339,15 @@ class CrossAttention(SelfAttention):
     """Queries from the video, keys and values from the text."""
 
     def look(self, x: Tensor, step: Step) -> Tensor:
-        return self.read(self.split(self.norm_q(self.q(x))), step)
+        return self.read(self.split(in_pieces(lambda x: self.norm_q(self.q(x)), x)), step)
 
     def read(self, q: Tensor, step: Step) -> Tensor:
-        k = self.split(self.norm_k(self.k(step.text)))
-        return attention(q, k, self.split(self.v(step.text)), step.text_bias, step.backend)
+        k, v = once(step.kept, self, lambda: self.pair(step.text))
+        return attention(q, k, v, step.text_bias, step.backend)
+
+    def pair(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Text (b, m, dim) -> keys and values (b, m, heads, head_dim)."""
+        return self.split(self.norm_k(self.k(text))), self.split(self.v(text))
 
 
 class ImageCrossAttention(CrossAttention):
@@ -311,9 +359,12 @@ class ImageCrossAttention(CrossAttention):
         self.norm_k_img = RMSNorm(dim, EPS)
 
     def read(self, q: Tensor, step: Step) -> Tensor:
-        k = self.split(self.norm_k_img(self.k_img(step.image)))
-        image = attention(q, k, self.split(self.v_img(step.image)), backend=step.backend)
-        return super().read(q, step) + image
+        image = attention(q, *once(step.kept, self.k_img, lambda: self.image_pair(step.image)), backend=step.backend)
+        return plus(super().read(q, step), image)
+
+    def image_pair(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens (b, m, dim) -> keys and values (b, m, heads, head_dim)."""
+        return self.split(self.norm_k_img(self.k_img(image))), self.split(self.v_img(image))
 
 
 class FeedForward(nn.Sequential):
@@ -321,16 +372,8 @@ class FeedForward(nn.Sequential):
         super().__init__(Linear(dim, hidden), GELU(), Linear(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (b, n, dim) -> (b, n, dim).
-
-        The hidden layer is up to six times as wide as the tokens: without autograd it is made for a piece of the
-        tokens at a time, and the result takes the place of `x`.
-        """
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        for piece in x.split(FEED_FORWARD_TOKENS, dim=1):
-            piece.copy_(super().forward(piece))
-        return x
+        """Tokens (b, n, dim) -> (b, n, dim). The hidden layer is up to six times as wide: it is held in pieces."""
+        return in_pieces(super().forward, x)
 
 
 class Block(nn.Module):
@@ -343,10 +386,11 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Tokens (b, n, dim) -> (b, n, dim), in the place of `x` unless autograd keeps that."""
         # six of (b, 1, dim): shift, scale and gate of the self-attention, then of the feed-forward network
         rows = (self.modulation.float() + step.modulation).split(1, dim=1)
         x = gated_add(x, self.self_attn(modulated_norm(x, *rows[:2]), step), rows[2])
-        x = x + self.cross_attn(self.norm3(x), step)
+        x = plus(x, self.cross_attn(self.norm3(x), step))
         return gated_add(x, self.ffn(modulated_norm(x, *rows[3:5])), rows[5])
 
 
@@ -458,7 +502,7 @@ class DiT(nn.Module):
         grid = x.shape[1:4]
         tokens, parallel = math.prod(grid), run.parallel
         step = Step(
-            text=self.text_embedding(rows.to(dtype)),
+            text=once(run.kept, self.text_embedding, lambda: self.text_embedding(rows.to(dtype))),
             text_bias=text_bias,
             image=None if slots.context_prefix is None else slots.context_prefix.to(dtype),
             modulation=modulation,
@@ -467,6 +511,7 @@ class DiT(nn.Module):
             tokens=tokens,
             attend=functools.partial(parallel.attend, tokens=tokens, backend=run.attention),
             split=parallel.split,
+            kept=run.kept,
         )
         x = parallel.split(x.flatten(1, 3))
         x = run.body(functools.partial(self.advance, step=step, slots=slots, around=run.around), x)
@@ -495,7 +540,7 @@ class DiT(nn.Module):
             )
 
     def advance(self, x: Tensor, step: Step, slots: Slots, around: Callable) -> Tensor:
-        """Tokens (b, n, dim) through all blocks."""
+        """Tokens (b, n, dim) through all blocks, which write over them."""
         residuals = [residual.start(x, step, around) for residual in slots.block_residuals]
         for i, block in enumerate(self.blocks):
             x = around(block, x, step)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .dit import HEAD_DIM, Block, PatchEmbedding, Step
+from .dit import HEAD_DIM, Block, PatchEmbedding, Step, in_pieces, plus
 from .layers import Linear
 
 ESSENTIAL = ("vace_patch_embedding.weight", "vace_blocks.0.ffn.0.weight")
@@ -58,7 +58,7 @@ class VACEBlock(Block):
     def forward(self, x: Tensor, step: Step, trunk: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens (b, n, dim) -> the next block's tokens and the hint; the first block takes in the trunk's tokens."""
         if trunk is not None:
-            x = self.before_proj(x) + trunk
+            x = plus(in_pieces(self.before_proj, x), trunk)
         x = super().forward(x, step)
         return x, self.after_proj(x)
 

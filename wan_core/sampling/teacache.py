@@ -171,15 +171,17 @@ class Residuals:
         return functools.partial(self.reuse if self.skipped[step] else self.compute, step, key)
 
     def compute(self, step: int, key: Hashable, advance: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Tokens (b, n, dim) through all blocks."""
+        """Tokens (b, n, dim) through all blocks, which write over them."""
+        self.kept.pop(key, None)
+        if not self.needed_after(step):
+            return advance(x)
+        before = x.clone()
         result = advance(x)
-        if self.needed_after(step):
-            self.kept[key] = (result - x).to(self.device or x.device)
+        self.kept[key] = torch.sub(result, before, out=before).to(self.device or x.device)
         return result
 
     def reuse(self, step: int, key: Hashable, advance: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        residual = self.kept[key] if self.needed_after(step) else self.kept.pop(key)
-        return x + residual.to(x.device)
+        return x + self.kept[key].to(x.device)  # which stays till the next computed step: this one may be repeated
 
     def needed_after(self, step: int) -> bool:
         return any(self.skipped[step + 1 : step + 2])
