@@ -27,10 +27,10 @@ def sampling_room(
     """Bytes for one step on latents (b, 16, T, h, w), frames in front included; branches is 2 where both prompts run as
     one batch.
 
-    A block holds eight tensors as wide as the tokens, and VACE two beside them. Before the first block the timestep's
+    A block holds five tensors as wide as the tokens, and VACE two beside them. Before the first block the timestep's
     projection, 6 dim^2 weights, is widened to fp32.
     """
-    blocks = (11 if vace else 9) * branches * tokens_room(layout, latent, dtype)
+    blocks = (8 if vace else 6) * branches * tokens_room(layout, latent, dtype)
     return max(blocks, 7 * layout.dim**2 * FULL)
 
 
