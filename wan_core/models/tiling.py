@@ -19,11 +19,16 @@ SMALLEST = 8  # no side of a tile is made shorter when memory runs out
 
 @dataclass(frozen=True)
 class Tiling:
-    """How to work: tile by tile, or on the whole picture, where this size of tile is only what would come next."""
+    """How to work: tile by tile, or on the whole picture, where this size of tile is only what would come next.
+
+    sums: the type in which tiles are added up.
+    """
 
     tiled: bool = False
     tile_size: Size = TILE_SIZE
     tile_stride: Size = TILE_STRIDE
+    sums: torch.dtype = torch.float32
+    sums: torch.dtype = torch.float32  # of the tiles, where they overlap
 
     def largest(self, shape: Size) -> Size:
         """The most of a picture of this shape that is worked on at once."""
@@ -37,7 +42,8 @@ class Tiling:
             return None
         size = tuple(min(side, max(SMALLEST, side // 2)) for side in self.tile_size)
         strides = zip(self.tile_stride, self.tile_size, size, strict=True)
-        return Tiling(True, size, tuple(max(1, stride * new // side) for stride, side, new in strides))
+        strides = tuple(max(1, stride * new // side) for stride, side, new in strides)
+        return replace(self, tile_size=size, tile_stride=strides)
 
 
 @dataclass
