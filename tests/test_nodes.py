@@ -185,8 +185,8 @@ class EchoVAE:
     def attached(self, device):
         return nullcontext(self)
 
-    def encode(self, pixels, tiled, tile_size, tile_stride):
-        assert (tiled, tile_size, tile_stride) == (False, (30, 52), (15, 26))
+    def encode(self, pixels, tiled, tile_size, tile_stride, sums):
+        assert (tiled, tile_size, tile_stride, sums) == (False, (30, 52), (15, 26), torch.float32)
         batch, _, frames, height, width = pixels.shape
         return pixels.mean().expand(batch, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.fit import fit_clip, fit_pictures
-from comfyui_wanflow.wan_core.video import parse_size, read_graph, read_video, save_video
+from comfyui_wanflow.wan_core.video import parse_size, read_graphs, read_video, save_video
 from PIL import Image
 
 GRAPHS = {
@@ -109,13 +109,13 @@ def test_workflow_in_webp_and_png(tmp_path):
 @pytest.mark.parametrize("suffix", ["mp4", "webm", "webp", "png"])
 def test_the_workflow_is_read_back(tmp_path, suffix):
     (path, *_) = save_video(clip(), tmp_path / f"a.{suffix}", metadata=GRAPHS)
-    assert read_graph(path) == GRAPHS["prompt"]
+    assert read_graphs(path) == GRAPHS
     (path, *_) = save_video(clip(), tmp_path / f"b.{suffix}")
-    assert read_graph(path) is None
+    assert read_graphs(path) == {}
     path.write_bytes(b"no picture")
     for odd in (path, tmp_path / f"missing.{suffix}"):
         with pytest.raises(FileError, match="could not be read|There is no file"):
-            read_graph(odd)
+            read_graphs(odd)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])

@@ -29,6 +29,7 @@ from .saving import write_whole
 
 FORMATS = ("mp4", "webm", "webp", "png")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".wmv", ".flv", ".gif", ".webp")
+PICTURE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")  # what Pillow reads, moving or not
 EXIF_PROMPT, EXIF_FIRST_OTHER = 0x0110, 0x010F  # ComfyUI counts down from the second for `workflow` and the like
 
 
@@ -128,16 +129,18 @@ def _frame(picture: np.ndarray, size: tuple[int, int] | None) -> Tensor:
     return fit_pictures(frame[None], *size)[0] if size else frame
 
 
-def read_graph(path: Path) -> dict[str, dict] | None:
-    """The workflow, in API format, that a video or picture was made by; None if it carries none."""
+def read_graphs(path: Path) -> dict[str, dict]:
+    """The workflow that a video or picture was made by: `prompt` is for the API, `workflow` for the editor. What it
+    does not carry is left out."""
     if not path.is_file():
         raise FileError(f"There is no file {path}. Check the path.")
-    read = _picture_tags if path.suffix.lower() in (".png", ".webp") else _video_tags
+    read = _picture_tags if path.suffix.lower() in PICTURE_SUFFIXES else _video_tags
     try:
-        graph = json.loads(read(path).get("prompt", "null"))
+        tags = read(path)
+        graphs = {name: json.loads(tags.get(name, "null")) for name in ("prompt", "workflow")}
     except (OSError, ValueError) as error:
         raise FileError(f"{path} could not be read. It may be damaged, or not a video or picture at all.") from error
-    return graph if isinstance(graph, dict) else None
+    return {name: graph for name, graph in graphs.items() if isinstance(graph, dict)}
 
 
 def _picture_tags(path: Path) -> dict[str, str]:

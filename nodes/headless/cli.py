@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from . import together
 from .convert import add_convert, convert
 from .models import add_models
 from .plan import add_plan
-from .train import add_train, train
+from .train import add_train, add_validate, train, validate
 from .validate import WorkflowError, describe, nearest
 from .workflows import apply_settings, read_workflow
 
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add_plan(commands)
 
     add_train(commands).set_defaults(command=train_command)
+    add_validate(commands).set_defaults(command=validate_command)
     return top
 
 
@@ -156,15 +158,23 @@ def inspect_command(options: argparse.Namespace) -> int:
 
 
 def convert_command(options: argparse.Namespace) -> int:
-    stop_on_interrupt()
-    for path in convert(options):
-        print(path, flush=True)
-    return OK
+    return files_command(convert, options)
 
 
 def train_command(options: argparse.Namespace) -> int:
+    if options.processes > 1 and not together.is_part():
+        return together.launch(together.wanflow(options.arguments), options.processes)
+    return files_command(train, options)
+
+
+def validate_command(options: argparse.Namespace) -> int:
+    return files_command(validate, options)
+
+
+def files_command(make: Callable[[argparse.Namespace], Iterable[Path]], options: argparse.Namespace) -> int:
+    """Tell the files that it makes."""
     stop_on_interrupt()
-    for path in train(options):
+    for path in make(options):
         print(path, flush=True)
     return OK
 

@@ -31,15 +31,15 @@ IMPOSTORS = (
 class Checkpoint:
     """The tensors of one or several files, under the published names.
 
-    `shapes` maps each name to its shape, `metadata` is the text stored in the files, `description` names the files in
-    messages.
+    `shapes` maps each name to its shape, `stored_names` to its name in the file, `metadata` is the text stored in the
+    files, `description` names the files in messages.
     """
 
     def __init__(self, entries: Mapping[str, Entry], metadata: Mapping[str, str], files: list[Path]):
         self.description = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        stored_names = published_names(entries)
-        named = {name: entries[stored] for name, stored in stored_names.items()}
-        self._entries = _arranged(fold_scales(named, stored_names, metadata, self.description))
+        self.stored_names = published_names(entries)
+        named = {name: entries[stored] for name, stored in self.stored_names.items()}
+        self._entries = _arranged(fold_scales(named, self.stored_names, metadata, self.description))
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.metadata = dict(metadata)
         self.files = files
