@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.image import as_pixels
-from ..adapters.injection import Canvas, Condition, Injection, side_by_side
+from ..adapters.injection import Canvas, Condition, Injection, inject, side_by_side
 from ..errors import InputError, WanError
 from ..model import Engine, WanImageEncoder, WanTextEncoder, WanVAE
 from ..models.network import Network
@@ -101,9 +101,19 @@ class Examples(Sequence):
     def __getitem__(self, index: int) -> Example:
         clip = self.clips[index]
         latents = self.cache[clip.latents][LATENTS]
-        encoded = [ENCODED[kind].kind(**self.cache[name]) for kind, name in clip.conditions.items()]
         values = value_conditions(clip.values, latents.shape[2])
-        return Example(latents, self.cache[clip.text]["text"], (*encoded, *values))
+        return Example(latents, self.cache[clip.text]["text"], (*self._encoded(clip), *values))
+
+    def _encoded(self, clip: Prepared) -> list[Condition]:
+        return [ENCODED[kind].kind(**self.cache[name]) for kind, name in clip.conditions.items()]
+
+    @torch.no_grad()
+    def check(self, network: Network) -> None:
+        """Raises a WanError where the network cannot take the first clip's conditions, or lacks some."""
+        clip = self.clips[0]
+        inject(self._encoded(clip), network, Canvas(1, *self.shapes[0][1:]))
+        for condition in value_conditions(clip.values, 1):
+            condition.inject(network, Canvas(1, 1, 2, 2))  # a camera's way is long to work out
 
     def batch(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Example:
         """Examples of one group side by side. What is random about a row comes from its own generator."""
@@ -158,11 +168,8 @@ def prepare(
     library = Library(cache.folder / "files.json")
     pieces, notes = survey(items, framing, extra_inputs, library, flip)
     naming = Naming.of(encoders)
-    texts = {prompt: naming.text(prompt) for prompt in ("", *(piece.item.prompt for piece in pieces))}
-    for prompt, name in texts.items():
-        if name not in cache:
-            cache[name], report = encoders.text(prompt)
-            notes += [report] if report else []
+    texts, cut = embedded(["", *(piece.item.prompt for piece in pieces)], encoders, cache)
+    notes += cut
     encoders.text_encoder.release()
 
     plans = [(piece, naming.clip(piece, extra_inputs, library)) for piece in pieces]
@@ -188,6 +195,17 @@ def prepare(
     if not clips:
         raise InputError("\n".join(["There is nothing to train on.", *notes]))
     return Examples(cache, tuple(clips), texts[""], caption_dropout), notes
+
+
+def embedded(prompts: Sequence[str], encoders: Encoders, cache: Cache) -> tuple[dict[str, str], list[str]]:
+    """Where in the cache each prompt's embedding is (as "text"), and a sentence for each one that had to be cut."""
+    naming, notes = Naming.of(encoders), []
+    names = {prompt: naming.text(prompt) for prompt in prompts}
+    for prompt, name in names.items():
+        if name not in cache:
+            cache[name], report = encoders.text(prompt)
+            notes += [report] if report else []
+    return names, notes
 
 
 def encode(names: Mapping[str, str], footage: Footage | WanError | None, encoders: Encoders, cache: Cache) -> None:

@@ -1,0 +1,115 @@
+"""The data that `wanflow train` and `wanflow validate` name, ready to be used."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ...wan_core.errors import InputError
+from ...wan_core.model import WanModel, WanVAE
+from ...wan_core.room import encoding_room
+from ...wan_core.sampling.loop import Settings as SamplingSettings
+from ...wan_core.training.cache import Cache
+from ...wan_core.training.clips import Library
+from ...wan_core.training.dataset import Item, files_below, list_items
+from ...wan_core.training.examples import Encoders, Examples, embedded, prepare
+from ...wan_core.training.framing import Framing
+from ...wan_core.training.inputs import Piece, check_inputs, columns
+from ...wan_core.training.samples import Sample
+from ...wan_core.training.survey import survey
+from ..host.standalone import host
+
+
+def items_of(options: Namespace) -> list[Item]:
+    check_inputs(options.extra_inputs)
+    items, problems = list_items(
+        options.dataset_base_path,
+        options.dataset_metadata_path,
+        options.data_file_keys,
+        columns(options.extra_inputs),
+        options.caption_prefix,
+    )
+    if not items:
+        raise InputError("\n".join([f"There is nothing to train on in {options.dataset_base_path}.", *problems]))
+    for problem in problems:
+        host.say(problem)
+    return items
+
+
+def framing_of(options: Namespace) -> Framing:
+    return Framing(
+        num_frames=options.num_frames,
+        height=options.height,
+        width=options.width,
+        max_pixels=options.max_pixels,
+        frame_rate=options.frame_rate,
+        buckets=options.buckets,
+        lengths=tuple(options.length_buckets),
+        sampling=options.frame_sampling,
+        samples=options.frame_samples,
+    )
+
+
+def cache_of(options: Namespace) -> Cache:
+    return Cache(options.cache_path or options.output_path / "cache")
+
+
+def encoded(
+    options: Namespace, items: Sequence[Item], encoders: Encoders, model: WanModel, on_item: Callable[[int, int], None]
+) -> Examples:
+    """What is wrong with items is said before the others are encoded, and the first one is tried on the model."""
+    framing, cache = framing_of(options), cache_of(options)
+    library = Library(cache.folder / "files.json")
+    pieces, told = survey(items, framing, options.extra_inputs, library, options.flip)
+    for sentence in (*told, f"{len(pieces)} pieces of {len(items)} clips are trained on."):
+        host.say(sentence)
+    if not pieces:
+        raise InputError("There is nothing to train on.")
+    with host.attached(encoders.vae, room_for(pieces, encoders.vae)):
+        first, _ = prepare([pieces[0].item], framing, encoders, cache, options.extra_inputs)
+        first.check(model.module)
+        examples, notes = prepare(
+            items,
+            framing,
+            encoders,
+            cache,
+            options.extra_inputs,
+            on_item,
+            flip=options.flip,
+            caption_dropout=options.caption_dropout,
+            workers=options.dataset_num_workers,
+        )
+    for note in notes:
+        if note not in told:
+            host.say(note)
+    return examples
+
+
+def room_for(pieces: Sequence[Piece], vae: WanVAE) -> int:
+    """Bytes that the VAE needs to encode the largest of them."""
+    width = vae.module.encoder.conv1.out_channels
+    return max(encoding_room(width, (piece.cut.height, piece.cut.width), vae.compute_dtype) for piece in pieces)
+
+
+def validation_sample(options: Namespace, items: Sequence[Item], encoders: Encoders) -> Sample:
+    """The video that shows how far a training has come: as large as one of the clips, and with its extra inputs."""
+    if not 0 <= options.validation_item < len(items):
+        raise InputError(f"validation_item is {options.validation_item}, but the clips are 0 to {len(items) - 1}.")
+    item = items[options.validation_item]
+    kinds, base = columns(options.validation_inputs), options.dataset_base_path
+    check_inputs(list(options.validation_inputs))
+    given = {
+        name: files_below(base, value) if kinds[name] else value for name, value in options.validation_inputs.items()
+    }
+    item = replace(item, prompt=options.validation_prompt or item.prompt, columns={**item.columns, **given})
+    cache = cache_of(options)
+    examples, _ = prepare([item], framing_of(options), encoders, cache, options.extra_inputs)
+    negative = options.validation_negative_prompt
+    names, _ = embedded([negative], encoders, cache)
+    settings = SamplingSettings(
+        options.validation_seed, options.num_inference_steps, options.cfg_scale, shift=options.sigma_shift
+    )
+    example = examples[0]
+    shape = tuple(example.latents.shape)
+    return Sample(example.text, cache[names[negative]]["text"], example.conditions, shape, settings)
