@@ -162,15 +162,17 @@ def order(source: Source, library: Library) -> Order:
     return Order(source, folder, files, sum(_size(part_of(folder / file.path)) for file in files))
 
 
-def check_room(folder: Path, needed: int, what: str) -> None:
+ADVICE = (
+    "Nothing was downloaded. Free some space, or choose another folder for models (--models-dir, local_model_path)."
+)
+
+
+def check_room(folder: Path, needed: int, what: str, advice: str = ADVICE) -> None:
     """Raises FileError if so many bytes do not fit on the disk."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise FileError(
-            f"{what} needs {in_words(needed)} on the disk, and {there} has {in_words(free)} left. Nothing was "
-            "downloaded. Free some space, or choose another folder for models (--models-dir, local_model_path)."
-        )
+        raise FileError(f"{what} needs {in_words(needed)} on the disk, and {there} has {in_words(free)} left. {advice}")
 
 
 def download(order: Order, library: Library) -> None:

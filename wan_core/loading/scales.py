@@ -60,6 +60,8 @@ def fold_scales(
         scale = next((s for s in (f"{layer}scale_weight", f"{layer}weight_scale") if s in entries), None)
         if layer != name and scale:
             parts = {"weight": weight, "scale": folded.pop(scale)}
+            if scale == f"{layer}scale_weight":
+                folded.pop(f"{layer}weight_scale", None)  # a file for both generations of ComfyUI says it twice
             if second := folded.pop(f"{layer}weight_scale_2", None):
                 parts = {"weight": weight, "block_scale": parts["scale"], "scale": second}
             group = notes[layer].group if layer in notes else 0

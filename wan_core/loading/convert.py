@@ -1,0 +1,184 @@
+"""A checkpoint in another type, in one file or several, under the published names: what `wanflow convert` does.
+
+Scaled fp8 is written as ComfyUI's loaders know it. Until 2025-11 that was `scale_weight` beside each weight and a
+tensor `scaled_fp8` of the type that is meant; since then it is `weight_scale` and a note in the metadata. Newer loaders
+read the older form too, but take all of it for e4m3fn: e5m2 gets both. A scale a row is read by WanFlow and by kohya's
+musubi-tuner, not by ComfyUI.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import FileError, InputError
+from ..models.dit import DiT, DiTLayout
+from ..models.image_encoder import ImageEncoder, ImageEncoderLayout
+from ..models.packed import FLOATS_OF_8_BITS, Packed
+from ..models.packings import unpack_scaled
+from ..models.text_encoder import UMT5Encoder, UMT5Layout
+from ..models.vace import VACE, VACELayout
+from ..offload.quantize import Storage, matrices, relative_error, sampled
+from .checkpoint import Checkpoint
+from .download import check_room
+from .identify import identify
+from .keymaps import is_marker
+from .mapped import type_name
+from .rounding import is_in, kept
+from .written import Piece, in_shards, shard_paths, write_shards
+
+# What the parts of a kind of file are made from; kinds without linear layers in blocks have none.
+NETWORKS = {
+    "dit": ((DiT, DiTLayout), (VACE, VACELayout)),
+    "vace_module": ((VACE, VACELayout),),
+    "text_encoder": ((UMT5Encoder, UMT5Layout),),
+    "image_encoder": ((ImageEncoder, ImageEncoderLayout),),
+    "vae": (),
+    "motion_controller": (),
+}
+MARKER = "scaled_fp8"
+NOTES = "_quantization_metadata"  # metadata of ComfyUI since 2025-11
+FULL_PRECISION = 2  # numbers in the marker: "do not multiply in fp8", for which these files have no input scales
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of it: the files, their bytes, and for each weight that changed by how much of its size."""
+
+    files: list[Path]
+    bytes: int
+    errors: Mapping[str, float]
+
+
+def convert(
+    checkpoint: Checkpoint,
+    storage: Storage,
+    target: Path,
+    largest: int | None = None,
+    on_weight: Callable[[int, int], None] = lambda done, count: None,
+) -> Written:
+    """Write `checkpoint` to `target`, in parts of at most `largest` bytes; one tensor at a time is in memory.
+
+    on_weight(done, count) hears of the progress. Raises FileError for what is no model, does not fit on the disk or
+    would overwrite something, InputError for a type that this kind of model or the numbers do not allow.
+    """
+    narrow = _narrow_names(checkpoint, storage)
+    errors: dict[str, float] = {}
+    names = [name for name in checkpoint.shapes if name != MARKER]
+    count = len(names)
+
+    def make(number: int, name: str) -> dict[str, Tensor]:
+        on_weight(number, count)
+        source = _readable(name, checkpoint, storage, narrow)
+        result = kept(name, source, storage, narrow)
+        if (error := _error(name, source, result)) is not None:
+            errors[name] = error
+        return _tensors(name, result)
+
+    pieces = [
+        Piece(_outline(name, checkpoint, storage, narrow), partial(make, number, name))
+        for number, name in enumerate(names, 1)
+    ]
+    scaled = {name for name in names if name in narrow and storage.scales}
+    metadata = {name: text for name, text in checkpoint.metadata.items() if name not in (NOTES, "format")}
+    if scaled:
+        marker = torch.zeros(FULL_PRECISION, dtype=storage.dtype)
+        pieces.append(Piece({MARKER: marker.to("meta")}, lambda: {MARKER: marker}))
+        metadata |= _notes(scaled, storage)
+    shards = in_shards(pieces, largest)
+    _check_target(target, len(shards), sum(piece.bytes for piece in pieces))
+    files = write_shards(target, shards, metadata)
+    return Written(files, sum(file.stat().st_size for file in files), errors)
+
+
+def _narrow_names(checkpoint: Checkpoint, storage: Storage) -> set[str]:
+    identity = identify(checkpoint.shapes)
+    if identity.kind not in NETWORKS:
+        found = identity.summary if identity.kind == "relative" else f"{checkpoint.description} is {identity.summary}."
+        raise FileError(f"{found} Only models, their encoders and VAEs can be converted.")
+    narrow: set[str] = set()
+    with torch.device("meta"):
+        for network, layout in NETWORKS[identity.kind]:
+            if described := layout.from_shapes(checkpoint.shapes):
+                narrow |= matrices(network(described))
+    if storage.scales and not narrow:
+        raise InputError(f"{checkpoint.description} is {identity.summary}, which has no matrices for fp8. Take bf16.")
+    return narrow & checkpoint.shapes.keys()
+
+
+def _readable(name: str, checkpoint: Checkpoint, storage: Storage, narrow: Collection[str]) -> Tensor | Packed:
+    """What is stored under a name, unpacked unless it is in the wanted form already."""
+    stored = checkpoint.stored(name)
+    if storage.scales and name in narrow and is_in(stored, storage.dtype):
+        if isinstance(stored, Tensor):
+            return Packed(tuple(stored.shape), {"weight": stored, "scale": torch.ones(())}, unpack_scaled)
+        if stored.parts["scale"].shape == _scale_shape(stored.shape, storage):
+            return stored
+    if isinstance(stored, Packed):
+        return stored.numbers(torch.bfloat16 if storage.dtype is None or storage.is_narrow else storage.dtype)
+    return stored
+
+
+def _scale_shape(shape: tuple[int, ...], storage: Storage) -> tuple[int, ...]:
+    return () if storage.scales == "tensor" else (shape[0], 1)
+
+
+def _outline(name: str, checkpoint: Checkpoint, storage: Storage, narrow: Collection[str]) -> dict[str, Tensor]:
+    """What will be written for a name, on the meta device, without reading its numbers."""
+    if is_marker(name):  # small, and of a vocabulary only its reading tells the size
+        return {name: checkpoint.tensor(name).to("meta")}
+    shape, dtype = checkpoint.shapes[name], checkpoint.dtype(name)
+    if storage.scales and name in narrow:
+        weight = torch.empty(shape, dtype=storage.dtype, device="meta")
+        return _tensors(name, Packed(shape, {"weight": weight, "scale": torch.empty(
+            _scale_shape(shape, storage), device="meta")}, unpack_scaled))  # fmt: skip
+    if isinstance(checkpoint.stored(name), Packed):
+        dtype = torch.bfloat16 if storage.dtype is None or storage.is_narrow else storage.dtype
+    return {name: kept(name, torch.empty(shape, dtype=dtype, device="meta"), storage, narrow)}
+
+
+def _tensors(name: str, result: Tensor | Packed) -> dict[str, Tensor]:
+    if isinstance(result, Tensor):
+        return {name: result}
+    weight, scale, layer = result.parts["weight"], result.parts["scale"].float(), name.removesuffix("weight")
+    named = {name: weight, f"{layer}scale_weight": scale}
+    return named | ({f"{layer}weight_scale": scale} if weight.dtype == torch.float8_e5m2 and not scale.ndim else {})
+
+
+def _notes(scaled: Collection[str], storage: Storage) -> dict[str, str]:
+    if storage.dtype != torch.float8_e5m2 or storage.scales != "tensor":
+        return {}
+    note = {"format": type_name(storage.dtype), "full_precision_matrix_mult": True}
+    layers = {name.removesuffix(".weight"): note for name in sorted(scaled)}
+    return {NOTES: json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+def _error(name: str, source: Tensor | Packed, result: Tensor | Packed) -> float | None:
+    """By how much of its size a tensor changed; None where it did not. Raises InputError where numbers became too
+    large."""
+    if result is source or isinstance(source, Packed):
+        return None
+    if isinstance(result, Packed):
+        return result.error
+    if result.dtype == source.dtype:
+        return None
+    if not torch.isfinite(result if result.dtype not in FLOATS_OF_8_BITS else result.float()).all():
+        raise InputError(f"'{name}' holds numbers that {type_name(result.dtype)} cannot. Take bf16.")
+    some = sampled(len(source)) if source.ndim else ...
+    return relative_error(result[some], source[some])
+
+
+def _check_target(target: Path, shards: int, needed: int) -> None:
+    if target.suffix not in (".safetensors", ".sft"):
+        raise InputError(f"{target} will be a safetensors file. Let its name end in .safetensors.")
+    for path in shard_paths(target, shards):
+        if path.exists():
+            raise FileError(f"{path} is there already. Name another file, or delete this one.")
+    advice = "Nothing was written. Free some space, or name another folder."
+    check_room(target.parent, needed, str(target), advice)
