@@ -116,6 +116,11 @@ class Engine:
         """
         return others_give(self.weights) or sum(weights.give_back() for weights in self.weights) > 0
 
+    def residence(self) -> str:
+        """Where the weights are, in a sentence."""
+        held, total = (count / 2**30 for count in (self.resident_bytes(), self.total_bytes()))
+        return f"{held:.1f} of {total:.1f} GiB of the weights stay on the device now."
+
     @contextmanager
     def attached(self, device: torch.device | str | None = None) -> Iterator[nn.Module]:
         """The module, ready to compute on `device` (the engine's own by default) inside the `with`. May nest."""
@@ -209,10 +214,10 @@ class WanTextEncoder(Engine):
     module: UMT5Encoder
     tokenizer: Tokenizer
 
-    def working_room(self) -> int:
-        """Bytes that a prompt, however long, needs beside the weights."""
-        room = text_room(self.module.layout, MAX_TOKENS, self.compute_dtype)
-        return room + widened_room(self.module, self.compute_dtype)
+    def working_room(self, text: str) -> int:
+        """Bytes that a prompt needs beside the weights: it has at most a token a letter, and one at the end."""
+        tokens = min(MAX_TOKENS, len(text) + 2)
+        return text_room(self.module.layout, tokens, self.compute_dtype) + widened_room(self.module, self.compute_dtype)
 
     def encode(self, texts: list[str]) -> tuple[Tensor, tuple[int, ...], str]:
         """n texts -> embeddings (n, 512, dim) fp32 on the CPU, zero after each text's real length; the lengths in

@@ -10,28 +10,41 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .models.dit import LATENT_CHANNELS, PATCH, DiTLayout
+from .models.dit import LATENT_CHANNELS, PATCH, PRODUCT_TOKENS, DiTLayout
 from .models.image_encoder import ImageEncoderLayout
 from .models.layers import Linear
 from .models.text_encoder import UMT5Layout
 
 DECODE_CHANNELS, ENCODE_CHANNELS = 50, 40  # full-size channels alive at once, in units of the network's width
+VACE_CHANNELS = 96  # of its context: kept and changed latents, and the mask
 FULL = torch.float32.itemsize
 ROTATION = torch.complex64.itemsize  # of a pair of numbers of a head
 LATENTS = 8  # as large as the canvas, in fp32: what is denoised, noise, the answers, the solver's memory
 
 
 def sampling_room(
-    layout: DiTLayout, latent: tuple[int, ...], branches: int, dtype: torch.dtype, vace: bool = False
+    layout: DiTLayout,
+    latent: tuple[int, ...],
+    branches: int,
+    dtype: torch.dtype,
+    vace: bool = False,
+    widened: int = 0,
 ) -> int:
-    """Bytes for one step on latents (b, 16, T, h, w), frames in front included; branches is 2 where both prompts run as
-    one batch.
+    """Bytes for one step on latents (b, 16, T, h, w), frames in front included.
 
-    A block holds five tensors as wide as the tokens, and VACE two beside them. Before the first block the timestep's
+    branches: 2 where both prompts run as one batch; widened: bytes of the largest matrix that is converted in its call.
+    In a block the attention holds five tensors as wide as the tokens; the feed-forward network two, and a piece of its
+    hidden and of its last layer. VACE holds two more, and its context. Before the first block the timestep's
     projection, 6 dim^2 weights, is widened to fp32.
     """
-    blocks = (8 if vace else 6) * branches * tokens_room(layout, latent, dtype)
-    return max(blocks, 7 * layout.dim**2 * FULL)
+    rows, _, frames, height, width = latent
+    grid = frames * height * width // (PATCH[1] * PATCH[2])
+    rows, tokens = branches * rows, branches * tokens_room(layout, latent, dtype)
+    piece = rows * min(grid, PRODUCT_TOKENS) * (layout.ffn_dim + layout.dim) * dtype.itemsize
+    block = max(5 * tokens, 2 * tokens + piece + widened) + grid * layout.dim // layout.heads // 2 * ROTATION
+    if vace:
+        block += 2 * tokens + rows * VACE_CHANNELS * frames * height * width * dtype.itemsize
+    return max(block, 6 * layout.dim**2 * FULL)
 
 
 def latents_room(latent: tuple[int, ...]) -> int:

@@ -28,7 +28,6 @@ class Tiling:
     tile_size: Size = TILE_SIZE
     tile_stride: Size = TILE_STRIDE
     sums: torch.dtype = torch.float32
-    sums: torch.dtype = torch.float32  # of the tiles, where they overlap
 
     def largest(self, shape: Size) -> Size:
         """The most of a picture of this shape that is worked on at once."""

@@ -133,9 +133,13 @@ class VideoVAE(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, pixels: Tensor, tiled: bool = False, tile_size: Size = TILE_SIZE, tile_stride: Size = TILE_STRIDE
+        self, pixels: Tensor, tiled: bool = False, tile_size: Size = TILE_SIZE, tile_stride: Size = TILE_STRIDE,
+        sums: torch.dtype = torch.float32,
     ) -> Tensor:
-        """(b, 3, 4n+1, H, W) -> the mean latents (b, 16, n+1, H/8, W/8); tile sizes are (height, width) of latents."""
+        """(b, 3, 4n+1, H, W) -> the mean latents (b, 16, n+1, H/8, W/8) fp32.
+
+        Tile sizes are (height, width) of latents; sums: the type in which tiles are added up.
+        """
         b, _, frames, height, width = pixels.shape
         if (frames - 1) % TEMPORAL_STRIDE or height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
             raise InputError(
@@ -143,35 +147,39 @@ class VideoVAE(nn.Module):
                 f"(1, 5, 9, ... 81) and sides that are multiples of {SPATIAL_STRIDE}. Trim, repeat or resize it first."
             )
         h, w = height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
-        latents = torch.zeros(b, self.latent_channels, (frames - 1) // TEMPORAL_STRIDE + 1, h, w, device=pixels.device)
+        shape = b, self.latent_channels, (frames - 1) // TEMPORAL_STRIDE + 1, h, w
+        latents = torch.zeros(shape, device=pixels.device, dtype=sums)
         picked = tiles((h, w), tile_size, tile_stride) if tiled else [whole((h, w))]
         for clip, out in zip(pixels.split(1), latents.split(1), strict=True):
             blend(out, ((tile, self.encode_groups(tile.scaled(SPATIAL_STRIDE).of(clip))) for tile in picked))
-        return latents
+        return latents.float()
 
     @torch.no_grad()
     def decode(
-        self, latents: Tensor, tiled: bool = False, tile_size: Size = TILE_SIZE, tile_stride: Size = TILE_STRIDE
+        self, latents: Tensor, tiled: bool = False, tile_size: Size = TILE_SIZE, tile_stride: Size = TILE_STRIDE,
+        sums: torch.dtype = torch.float32,
     ) -> Tensor:
-        """(b, 16, n+1, h, w) -> (b, 3, 4n+1, 8h, 8w) in -1..1; tile sizes are (height, width) of latents."""
+        """(b, 16, n+1, h, w) -> (b, 3, 4n+1, 8h, 8w) in -1..1, fp32; tiles as for `encode`."""
         b, _, groups, h, w = latents.shape
         frames = (groups - 1) * TEMPORAL_STRIDE + 1
-        pixels = torch.zeros(b, 3, frames, h * SPATIAL_STRIDE, w * SPATIAL_STRIDE, device=latents.device)
+        shape = b, 3, frames, h * SPATIAL_STRIDE, w * SPATIAL_STRIDE
+        pixels = torch.zeros(shape, device=latents.device, dtype=sums)
         picked = tiles((h, w), tile_size, tile_stride) if tiled else [whole((h, w))]
         for clip, out in zip(latents.split(1), pixels.split(1), strict=True):
             blend(out, ((tile.scaled(SPATIAL_STRIDE), self.decode_groups(tile.of(clip))) for tile in picked))
-        return pixels.clamp_(-1, 1)
+        return pixels.clamp_(-1, 1).float()
 
     @torch.no_grad()
     def frames(
-        self, latents: Tensor, tiled: bool = False, tile_size: Size = TILE_SIZE, tile_stride: Size = TILE_STRIDE
+        self, latents: Tensor, tiled: bool = False, tile_size: Size = TILE_SIZE, tile_stride: Size = TILE_STRIDE,
+        sums: torch.dtype = torch.float32,
     ) -> Iterator[Tensor]:
         """As `decode` of one clip (1, 16, n+1, h, w), some frames (1, 3, t, 8h, 8w) at a time as they are done.
 
         Tiles reach over the whole clip, so that with them all frames come at once.
         """
         if tiled:
-            yield self.decode(latents, tiled, tile_size, tile_stride)
+            yield self.decode(latents, tiled, tile_size, tile_stride, sums)
             return
         for group in self.decode_groups(latents):
             yield group.to(latents.device, torch.float32).clamp_(-1, 1)

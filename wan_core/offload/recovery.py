@@ -35,13 +35,11 @@ def others_give(weights: Sequence[object]) -> bool:
     return sum(give(weights) for give in OTHERS) > 0  # all of them are asked
 
 
-def persist(
-    work: Callable[[], Result], relieve: Callable[[], bool], doing: str, advice: str, repeatable: bool = True
-) -> Result:
+def persist(work: Callable[[], Result], relieve: Callable[[], bool], doing: str, advice: str) -> Result:
     """work(), again after each time that memory ran out and `relieve()` found some to give back.
 
     Raises MemoryShortage, a sentence with what was being done and the advice, where there is none left to give; other
-    errors pass. Work that is not `repeatable` is done once.
+    errors pass.
     """
     while True:
         try:
@@ -52,7 +50,7 @@ def persist(
             message = str(error).strip().partition("\n")[0]
         # Here the failed work's traceback, which held its tensors, is gone.
         clean_up()
-        if not (repeatable and relieve()):
+        if not relieve():
             raise MemoryShortage(f"Memory ran out while {doing}, and nothing is left to drop. {advice} ({message})")
 
 

@@ -15,13 +15,18 @@ from ..errors import InputError, ModelError
 from ..model import WanModel
 from ..models.dit import LATENT_CHANNELS, Run
 from ..models.vae import normalised, unnormalised
+from ..offload.recovery import persist
 from ..parallel.team import Share, Team
 from ..room import changed_room, latents_room, sampling_room, tokens_room, widened_room
+from .contexts import Contexts
 from .schedules import SOLVERS, noise_levels
 from .teacache import Residuals
 from .windows import Sliding
 
 HIGHEST_SEED = 2**64 - 1
+SMALLER = "Take a smaller or shorter video, put Wan Sliding Window in front of the sampler, or switch cfg_merge off."
+DENOISE_AS = ("DiffSynth", "ComfyUI")
+STATES = {"none": torch.float32, "DiffSynth": torch.bfloat16}
 
 # step (0 is the first), number of steps, the clean video as the model sees it now: (b, 16, T, h, w), normalised
 OnStep = Callable[[int, int, Tensor], None]
@@ -34,7 +39,10 @@ class Settings:
     seed: 0..2^64-1, and `rand_device` is where the noise is drawn: on "cpu" a seed gives the same noise everywhere.
     cfg: how strongly to prefer the positive over the negative prompt; exactly 1 leaves the negative out.
     cfg_merge: run both prompts as one batch: faster on a large GPU, for twice the memory.
-    denoise: below 1 the given video is kept in part; all steps are run, from a lower noise level.
+    denoise: below 1 the given video is kept in part; all steps are run, from a lower noise level. denoise_as: which
+    one, see `levels`.
+    rounding: "none" keeps all in fp32; "DiffSynth" rounds latents and timesteps to bf16 in every step, as
+    DiffSynth-Studio does: only to make what it makes.
     """
 
     seed: int
@@ -45,6 +53,8 @@ class Settings:
     scheduler: str = "euler"
     denoise: float = 1.0
     rand_device: str = "cpu"
+    denoise_as: str = "DiffSynth"
+    rounding: str = "none"
 
     def __post_init__(self):
         if not 0 <= self.seed <= HIGHEST_SEED:
@@ -59,10 +69,25 @@ class Settings:
             raise InputError(f"There is no scheduler {self.scheduler!r}. Choose one of {', '.join(SOLVERS)}.")
         if not 0 < self.denoise <= 1:
             raise InputError(f"denoise is {self.denoise}, but it has to be above 0 and at most 1.")
+        for name, known in (("denoise_as", DENOISE_AS), ("rounding", STATES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"There is no {name} {getattr(self, name)!r}. Choose one of {', '.join(known)}.")
 
     def levels(self) -> list[float]:
-        """The steps + 1 noise levels, falling to 0."""
-        return noise_levels(self.steps, self.shift, self.denoise * SOLVERS[self.scheduler].highest)
+        """The steps + 1 noise levels, falling to 0.
+
+        Below a denoise of 1, DiffSynth-Studio falls evenly from that level; ComfyUI takes the last steps of a longer
+        run that begins with pure noise, whose number of steps is a whole one.
+        """
+        highest = SOLVERS[self.scheduler].highest
+        if self.denoise_as == "ComfyUI":
+            return noise_levels(int(self.steps / self.denoise), self.shift, highest)[-self.steps - 1 :]
+        return noise_levels(self.steps, self.shift, self.denoise * highest)
+
+    @property
+    def state(self) -> torch.dtype:
+        """The type of the latents from step to step."""
+        return STATES[self.rounding]
 
 
 @torch.no_grad()
@@ -81,8 +106,9 @@ def sample(
 
     positive, negative: embedded prompts (b or 1, L, text width), zero after their real length; the negative may be
     None where cfg is 1. latent: its shape is the canvas; all zero means empty, else it is the video to change.
-    An exception of `on_step` ends the run and passes through. `say` hears in a sentence what a cache leaves out.
-    team: processes that all make the same call, and share the work.
+    An exception of `on_step` ends the run and passes through. `say` hears in a sentence what a cache leaves out, and
+    when memory ran out; then the step is done again from the same latents with fewer weights on the device.
+    team: processes that all make the same call, and share the work; they do not go on when memory runs out.
     """
     device = model.device
     check_latent(latent, settings)
@@ -91,20 +117,30 @@ def sample(
     share = Share() if team is None else team.share(calls, model.layout.heads)
     run = Run(compute_dtype=model.compute_dtype, attention=model.attention, parallel=share.tokens)
     with model.attached(device) as network:
+        contexts = Contexts(model, texts, working_room(model, latent.shape, settings, conditions))
+
+        def relieve() -> bool:
+            relieved = team is None and (contexts.drop() or model.relieve())
+            if relieved and say is not None:
+                say(f"Memory ran out. {model.residence()} What failed is done again.")
+            return relieved
+
         canvas = Canvas(latent.shape[0], *latent.shape[2:], dtype=model.compute_dtype, device=device)
-        injection = inject(conditions, network, canvas)
+        injection = persist(lambda: inject(conditions, network, canvas), relieve, "preparing the conditions", SMALLER)
 
         sliding = Sliding(model.windows, injection, canvas.frames)
         residuals = None
         if model.cache is not None:
-            timesteps = torch.tensor([1000 * sigma for sigma in settings.levels()[:-1]], device=device)
+            timesteps = torch.cat([timestep(sigma, settings.state) for sigma in settings.levels()[:-1]]).to(device)
             skipped = model.cache.plan(network.trunk, timesteps, injection.time_add)
             residuals = Residuals(skipped, model.cache.device)
 
         def predict(x: Tensor, timestep: Tensor, text: Tensor, step: int, branch: int) -> Tensor:
             def look(x: Tensor, injection: Injection, window: int) -> Tensor:
-                here = run if residuals is None else replace(run, body=residuals.body(step, (branch, window)))
-                return network.trunk(x, timestep, text, injection, here)
+                here = replace(run, kept=contexts.kept[branch])
+                if residuals is not None:
+                    here = replace(here, body=residuals.body(step, (branch, window)))
+                return network.trunk(x.float(), timestep, text, injection, here).to(x.dtype)
 
             return sliding(look, x)
 
@@ -114,10 +150,16 @@ def sample(
 
         x = beginning(latent.to(device, torch.float32), injection.prefix_frames, settings)
         x = x if team is None else team.same(x)
-        x = denoise(x, guided(predict, texts, settings, share), settings, report)
+        velocity = guided(predict, texts, settings, share)
+
+        def repeated(x: Tensor, timestep: Tensor, step: int) -> Tensor:
+            doing = f"computing step {step + 1} of {settings.steps}"
+            return persist(lambda: velocity(x, timestep, step), relieve, doing, SMALLER)
+
+        x = denoise(x, repeated, settings, report)
         if residuals is not None and say is not None:
             say(model.cache.report(residuals.skipped))
-    return unnormalised(x[:, :, injection.prefix :]).to(latent.device)
+    return unnormalised(x[:, :, injection.prefix :].float()).to(latent.device)
 
 
 def working_room(
@@ -130,9 +172,9 @@ def working_room(
     longest = rows, channels, front + max(stop - start for start, stop in spans), *size
     whole = rows, channels, front + frames, *size
     branches, vace = texts if settings.cfg_merge else 1, model.module.vace is not None
-    dtype = model.compute_dtype
-    room = sampling_room(model.layout, longest, branches, dtype, vace) + latents_room(whole)
-    room += widened_room(model.module, dtype) + bool(model.loras) * changed_room(model.layout, dtype)
+    dtype, widened = model.compute_dtype, widened_room(model.module, model.compute_dtype)
+    room = sampling_room(model.layout, longest, branches, dtype, vace, widened) + latents_room(whole)
+    room += bool(model.loras) * changed_room(model.layout, dtype)
     room += sum(condition.embedded for condition in conditions) * tokens_room(model.layout, whole, dtype)
     if model.cache is not None and model.cache.device != "cpu":
         kept = rows, channels, sum(front + stop - start for start, stop in spans), *size
@@ -150,10 +192,11 @@ def beginning(latent: Tensor, prefix: Tensor | None, settings: Settings) -> Tens
 
     prefix: clean normalised frames (b or 1, 16, P, h, w) in front of the canvas.
     """
-    noise = draw_noise(latent.shape, 0 if prefix is None else prefix.shape[2], settings).to(latent.device)
+    noise = draw_noise(latent.shape, 0 if prefix is None else prefix.shape[2], settings)
+    noise = noise.to(latent.device, settings.state)
     if is_empty(latent):
         return noise
-    clean = normalised(latent)
+    clean = normalised(latent).to(settings.state)
     if prefix is not None:
         clean = torch.cat([prefix.to(clean).expand(len(clean), -1, -1, -1, -1), clean], dim=2)
     sigma = settings.levels()[0]
@@ -165,15 +208,20 @@ def denoise(x: Tensor, velocity: Callable, settings: Settings, report: Callable[
     sigmas = settings.levels()
     solver = SOLVERS[settings.scheduler](sigmas)
     for i in range(settings.steps):
-        v = velocity(x, torch.tensor([1000 * sigmas[i]], device=x.device), i)
+        v = velocity(x, timestep(sigmas[i], x.dtype).to(x.device), i)
         if not v.isfinite().all():
             raise ModelError(
                 f"In step {i + 1} of {settings.steps} the model's answer held values that are not numbers. "
                 "Load the weights in another weight_dtype, choose the attention 'sdpa', or check the model file."
             )
-        report(i, x - sigmas[i] * v)
+        report(i, (x - sigmas[i] * v).float())
         x = solver.step(i, x, v)
     return x
+
+
+def timestep(sigma: float, state: torch.dtype) -> Tensor:
+    """What the model is told of a noise level, (1,) fp32: 0 to 1000, as exactly as a `state` can say it."""
+    return torch.tensor([1000 * sigma]).to(state).float()
 
 
 def guided(

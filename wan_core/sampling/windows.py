@@ -64,12 +64,12 @@ class Sliding:
         averaged."""
         if len(self.spans) == 1:
             return predict(x, self.injections[0], 0)
-        total, weight = torch.zeros_like(x), torch.zeros(x.shape[2], 1, 1, device=x.device)
+        total, weight = torch.zeros_like(x), x.new_zeros(x.shape[2], 1, 1)
         front = torch.arange(self.prefix)
         for number, (start, stop) in enumerate(self.spans):
             places = torch.cat([front, self.prefix + torch.arange(start, stop)]).to(x.device)
             weights = torch.cat([torch.ones(self.prefix), self.windows.weights(start, stop, self.frames)])
-            weights = weights.to(x.device).view(-1, 1, 1)
+            weights = weights.to(x).view(-1, 1, 1)
             answer = predict(x.index_select(2, places), self.injections[number], number)
             total.index_add_(2, places, answer * weights)
             weight.index_add_(0, places, weights)
