@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..wan_core.errors import InputError
-from ..wan_core.loading.lora_files import KEY_FORMATS, load_lora, save_lora
+from ..wan_core.loading.lora_files import KEY_FORMATS, PARTS, load_lora, save_lora
 from ..wan_core.lora import fit, report
 from .host import host, io
 from .wires import WanLora, WanModel
@@ -38,6 +38,14 @@ class ApplyLora(io.ComfyNode):
                     tooltip="1 as trained, 0 without effect; negative values do the opposite.",
                 ),
                 WanLora.Input("lora", optional=True, tooltip="A LoRA from a node, in place of a file."),
+                io.Combo.Input(
+                    "part",
+                    options=list(PARTS),
+                    optional=True,
+                    default="auto",
+                    tooltip="Whose blocks the file changes: the model's own or VACE's. Needed only where its names do "
+                    "not tell and auto is wrong, which the report says.",
+                ),
             ],
             outputs=[
                 WanModel.Output(display_name="model", tooltip="For Wan Sampler."),
@@ -48,10 +56,10 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, lora_name, strength, lora=None):
+    def execute(cls, model, lora_name, strength, lora=None, part="auto"):
         if lora is None and lora_name == NONE:
             return io.NodeOutput(model, "No LoRA was chosen: the model stays as it is.")
-        lora = lora or load_lora(host.find_model("loras", lora_name))
+        lora = lora or load_lora(host.find_model("loras", lora_name), part)
         changed = model.with_lora(lora, strength)
         text = report(lora, fit(lora, model.module), strength)
         host.say(text)

@@ -518,6 +518,40 @@ class TestFits:
         with later.attached() as network:  # the module came after the LoRA
             assert "forward" in vars(network.vace.vace_blocks[0].ffn[0])
 
+    @pytest.mark.parametrize("dim, count", [(1536, 15), (5120, 8)])
+    def test_blocks_that_are_vaces(self, tmp_path, dim, count):
+        """Trained alone, VACE's blocks may be saved as if they were the model's: their number tells."""
+        lora = self.changed(tmp_path, [f"blocks.{i}.self_attn.q" for i in range(count)], dim)
+        assert all(name.startswith("vace_blocks.") for name in lora.changes) and len(lora.changes) == count
+        assert f"Its blocks are 0 to {count - 1}, as many as VACE has" in lora.remark
+        assert "set part to model" in lora.remark
+        path = tmp_path / "style.safetensors"
+        assert all(name.startswith("blocks.") for name in load_lora(path, "model").changes)
+        assert load_lora(path, "model").remark == load_lora(path, "vace").remark == ""
+
+    @pytest.mark.parametrize("layers", [
+        [f"blocks.{i}.self_attn.q" for i in range(30)],
+        [f"blocks.{i}.self_attn.q" for i in range(1, 16)],
+        [*(f"blocks.{i}.self_attn.q" for i in range(15)), "text_embedding.2"],
+        [*(f"blocks.{i}.self_attn.q" for i in range(15)), "vace_blocks.0.self_attn.q"],
+    ])  # fmt: skip
+    def test_blocks_that_are_the_models(self, tmp_path, layers):
+        lora = self.changed(tmp_path, layers, 1536)
+        assert lora.remark == "" and "blocks.1.self_attn.q.weight" in lora.changes
+
+    def test_projections_that_only_vace_has(self, tmp_path, text_model):
+        layers = ["blocks.0.self_attn.q", "blocks.0.after_proj"]
+        lora = self.changed(tmp_path, layers)
+        assert set(lora.changes) == {"vace_blocks.0.self_attn.q.weight", "vace_blocks.0.after_proj.weight"}
+        vace = text_model.with_module(VACE(VACE_LAYOUT).requires_grad_(False))
+        assert "only VACE's blocks have" in report(lora, fit(lora, vace.module), 1.0)
+        assert fit(load_lora(tmp_path / "style.safetensors", "model"), vace.module).skipped
+
+    def test_an_unknown_part(self, tmp_path):
+        self.changed(tmp_path, ["blocks.0.self_attn.q"])
+        with pytest.raises(InputError, match="no part 'clip'. Choose one of auto, model, vace"):
+            load_lora(tmp_path / "style.safetensors", "clip")
+
     def test_channels_of_another_family(self, tmp_path, text_model):
         parts = {"lora_A.weight": random(2, 36, 1, 2, 2), "lora_B.weight": random(128, 2, 1, 1, 1)}
         tensors = {f"patch_embedding.{key}": value for key, value in parts.items()}

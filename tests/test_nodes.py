@@ -32,7 +32,7 @@ RELEASED = {
         "conditions preview",
     ),
     "WanFlowAddModule": ("model module", "files library", "model"),
-    "WanFlowApplyLora": ("model lora_name strength", "lora", "model report"),
+    "WanFlowApplyLora": ("model lora_name strength", "lora part", "model report"),
     "WanFlowTeaCache": ("model threshold preset coefficients start end device", "", "model"),
     "WanFlowSlidingWindow": ("model window_size window_stride", "", "model"),
     "WanFlowCompile": ("model mode dynamic", "", "model"),

@@ -44,12 +44,14 @@ class Lora:
     changes   the published name of a parameter -> what happens to it
     unread    why something of the file could not be read -> its names
     metadata  what the file says about itself
+    remark    what was taken for granted in reading it, may be empty
     """
 
     name: str
     changes: Mapping[str, Change]
     unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    remark: str = ""
 
     @property
     def note(self) -> str:
@@ -154,7 +156,7 @@ def report(lora: Lora, fitted: Fit, strength: float) -> str:
     """What was matched and what was not, for the user."""
     count = len(fitted.changes) + sum(map(len, fitted.skipped.values()))
     lines = [f"{lora.name}: {len(fitted.changes)} of {count} parts fit, strength {strength:g}.", fitted.reasons()]
-    return "\n".join(filter(None, [*lines, lora.note and f"The file says: {lora.note}."]))
+    return "\n".join(filter(None, [*lines, lora.remark, lora.note and f"The file says: {lora.note}."]))
 
 
 def some(names: tuple[str, ...], shown: int = 2) -> str:

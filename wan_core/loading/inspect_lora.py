@@ -43,6 +43,8 @@ def lora_facts(checkpoint: Checkpoint) -> Iterable[Fact]:
     if lora.width:
         yield "made for", f"models of {size_name(lora.width)}{special_parts(lora)}"
     yield "changes", "; ".join(f"{stack}: {layers}" for stack, layers in targets(lora).items())
+    if lora.remark:
+        yield "remark", lora.remark
     for reason, names in lora.unread.items():
         yield "left out", f"{len(names)} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''}): {reason}"
     yield "written by", written_by(checkpoint.stored_names)

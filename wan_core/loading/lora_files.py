@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..models.changes import Change, Decomposed, Difference, Hadamard, Kronecker
 from ..saving import write_whole
 from .checkpoint import Checkpoint, open_checkpoint
 from .identify import expect, identify
-from .lora_names import find, split, to_diffusers
+from .lora_names import find, in_vace, seems_for_vace, split, to_diffusers
 
 # Parts of names that no LoRA of a Wan model has, and what they are.
 FOREIGN = {
@@ -34,6 +34,8 @@ DAMAGED = "damaged: tensors are missing or do not fit together"
 OF_THE_FILE = ("format", ADAPTER_CONFIG)  # what metadata says of the tensors' form, which is another when saved again
 ALPHA_CONFIG = "adapter_config.json"  # of peft, beside a file called adapter_model.safetensors
 
+PARTS = ("auto", "model", "vace")  # whose blocks a LoRA changes, where its names do not tell
+
 Tensors = dict[str, Tensor]  # of one layer, by their roles
 
 
@@ -41,17 +43,28 @@ class Unreadable(Exception):
     """Why the changes of one layer cannot be read."""
 
 
-def load_lora(source: str | PathLike) -> Lora:
-    """Read a LoRA. Raises FileError for a file of another kind."""
+def load_lora(source: str | PathLike, part: str = "auto") -> Lora:
+    """Read a LoRA, whose blocks are those of `part`: see PARTS. Raises FileError for a file of another kind."""
+    if part not in PARTS:
+        raise InputError(f"A LoRA is for no part '{part}'. Choose one of {', '.join(PARTS)}.")
     checkpoint = open_checkpoint(source)
     expect(identify(checkpoint.shapes), "lora", checkpoint.description)
+    lora = read_changes(checkpoint, for_vace=part == "vace")
+    if part == "auto" and (reason := seems_for_vace(checkpoint.shapes, lora.changes, lora.width)):
+        remark = f"{reason}, so it is taken for a LoRA of VACE. If it is for the model itself, set part to model."
+        return replace(read_changes(checkpoint, for_vace=True), remark=remark)
+    return lora
+
+
+def read_changes(checkpoint: Checkpoint, for_vace: bool) -> Lora:
+    """All that can be read; `for_vace`: blocks without a word on whose they are belong to VACE."""
     scale_of = scaling(checkpoint)
     changes: dict[str, Change] = {}
     unread: dict[str, list[str]] = {}
     for layer, names in grouped(checkpoint.shapes).items():
         try:
             tensors = {role: checkpoint.tensor(name) for role, name in names.items()}
-            found = list(read_layer(layer, tensors, scale_of))
+            found = list(read_layer(in_vace(layer) if for_vace else layer, tensors, scale_of))
             parts = [*changes, *(name for name, _ in found)]
             if not found or len(parts) > len(set(parts)):
                 raise Unreadable("changed twice in this file" if found else DAMAGED)
@@ -216,8 +229,8 @@ def save_lora(lora: Lora, path: Path, key_format: str = "comfyui", metadata: Map
 
 
 def described(lora: Lora) -> dict[str, str]:
-    """What the metadata say of every LoRA: the fields of Stability's ModelSpec, and kohya's for rank and alpha where all
-    parts share them."""
+    """What the metadata say of every LoRA: the fields of Stability's ModelSpec, and kohya's for rank and alpha where
+    all parts share them."""
     texts = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",

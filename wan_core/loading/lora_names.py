@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from ..lora import parameters
-from ..models.dit import DiT, DiTLayout
+from ..models.dit import DiT, DiTLayout, size_name
 from ..models.embedders import MotionController
 from ..models.network import Network
 from ..models.vace import VACE, VACELayout
 from .keymaps import LAYOUTS
+from .outline import TRUNKS, VACE_LAYERS
 
 # What a tensor is for its layer, by the end of its name; an adapter's name may stand in it, as in peft. An empty role
 # is the word found.
@@ -40,6 +41,7 @@ IN_FRONT = re.compile(
     r"^(?:(?:lora_unet|lora_transformer|lycoris|base_model_model|diffusion_model|transformer|unet|pipe|dit|model"
     r"|module|vace(?=_vace_))_+)+"
 )
+NUMBERED_BLOCK = re.compile(r"blocks\.(\d+)\.")
 NUMBERED = re.compile(r"^(?P<stack>(?:vace_)?blocks)_(?P<number>\d+)_(?P<rest>.+)$")
 DIFFUSERS = tuple(
     (re.compile(pattern.replace(r"\.", "_")), replacement.replace(".", "_"))
@@ -94,6 +96,31 @@ def published_names() -> dict[str, str]:
         vace = VACE(VACELayout(dim=128, ffn_dim=128, layers=1, heads=1))
         network = Network(DiT(layout), vace, MotionController(256, 128))
     return {name.replace(".", "_"): name for name in parameters(network)}
+
+
+# Programs that train VACE alone may call its blocks as the model's are called.
+BARE_BLOCKS = re.compile(r"(?<!vace_)(?<![a-z])blocks(?=[._]\d)")
+VACE_PROJECTIONS = ("before_proj", "after_proj")
+VACE_BLOCKS = {TRUNKS[size]["dim"]: layers for size, layers in VACE_LAYERS.items()}
+
+
+def in_vace(layer: str) -> str:
+    """The same layer of VACE, if a name does not tell whose block it is in."""
+    return BARE_BLOCKS.sub("vace_blocks", layer)
+
+
+def seems_for_vace(stored: Iterable[str], published: Iterable[str], width: int | None) -> str:
+    """Why a LoRA whose blocks are called as the model's seems to be for VACE, "" if it does not.
+
+    `stored` are its names in the file, `published` those of the parameters that it would change in a model of `width`.
+    """
+    if any(projection in name and BARE_BLOCKS.search(name) for name in stored for projection in VACE_PROJECTIONS):
+        return "It has projections that only VACE's blocks have"
+    blocks = [NUMBERED_BLOCK.match(name) for name in published]
+    numbers = {int(block[1]) for block in blocks if block}
+    if not all(blocks) or len(numbers) != VACE_BLOCKS.get(width) or numbers != set(range(len(numbers))):
+        return ""
+    return f"Its blocks are 0 to {len(numbers) - 1}, as many as VACE has for models of {size_name(width)}"
 
 
 # Published names of layers -> Diffusers' own, for writing.
