@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +25,15 @@ MEDIA_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES)
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a file: a name for its content, its size in pixels, and its length at the frame rate that was asked for."""
+    """Of a file: its size in pixels, and its length at the frame rate that was asked for."""
 
-    content: str
     width: int
     height: int
     frames: int
 
 
 class Library:
-    """Facts of files, kept in a file of their own: a data set is looked through once, not at every start.
+    """What was found out about files, kept in a file of its own: a data set is looked through once, not at every start.
 
     A file that has changed since, in size or time, is looked at again.
     """
@@ -40,26 +41,41 @@ class Library:
     def __init__(self, file: Path):
         self.file = file
         self.known: dict[str, dict] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.is_saved = True
 
-    def facts(self, path: Path, frame_rate: float) -> Facts:
-        """Raises FileError for what is neither a clip nor a picture."""
+    def facts(self, path: Path, frame_rate: float, most: int = 0) -> Facts:
+        """Of a clip at this rate (0: its own), or a picture. Where `most` is given, longer clips count as so long.
+
+        Raises FileError for what is neither.
+        """
+        return Facts(*self._known(path, f"{frame_rate:g} {most}", lambda: measure(path, frame_rate, most)))
+
+    def content(self, path: Path) -> str:
+        """A name for what is in the file."""
+        return self._known(path, "content", lambda: file_digest(path))
+
+    def _known(self, path: Path, what: str, find: Callable[[], Any]) -> Any:
         state = path.stat()
-        key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {frame_rate:g}"
-        if key not in self.known:
-            self.known[key] = asdict(Facts(file_digest(path), *measure(path, frame_rate)))
-        return Facts(**self.known[key])
+        about = self.known.setdefault(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}", {})
+        if what not in about:
+            about[what] = find()
+            self.is_saved = False
+        return about[what]
 
     def save(self) -> None:
-        text = json.dumps(self.known)
-        write_whole({self.file: lambda file: file.write_text(text, encoding="utf-8")})
+        """Only where there is something new: other processes may read the same file."""
+        if not self.is_saved:
+            text = json.dumps(self.known)
+            write_whole({self.file: lambda file: file.write_text(text, encoding="utf-8")})
+            self.is_saved = True
 
 
-def measure(path: Path, frame_rate: float) -> tuple[int, int, int]:
-    """(width, height, frames) of a clip at this rate (0: its own), or of a picture."""
+def measure(path: Path, frame_rate: float, most: int) -> tuple[int, int, int]:
+    """(width, height, frames)."""
     if is_picture(path):
         _, height, width, _ = read_picture(path).shape
         return width, height, 1
-    return video_facts(path, frame_rate)
+    return video_facts(path, frame_rate, most)
 
 
 def is_picture(file: Path) -> bool:

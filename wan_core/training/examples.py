@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ class Examples(Sequence):
     def check(self, network: Network) -> None:
         """Raises a WanError where the network cannot take the first clip's conditions, or lacks some."""
         clip = self.clips[0]
-        inject(self._encoded(clip), network, Canvas(1, *self.shapes[0][1:]))
+        inject(self._encoded(clip), network, Canvas(1, *self.cache.shapes(clip.latents)[LATENTS][2:]))
         for condition in value_conditions(clip.values, 1):
             condition.inject(network, Canvas(1, 1, 2, 2))  # a camera's way is long to work out
 
@@ -173,6 +172,7 @@ def prepare(
     encoders.text_encoder.release()
 
     plans = [(piece, naming.clip(piece, extra_inputs, library)) for piece in pieces]
+    library.save()
     clips = []
 
     def read(plan: tuple[Piece, Mapping[str, str]]) -> Footage | WanError | None:
@@ -244,15 +244,12 @@ class Naming:
     def clip(self, piece: Piece, inputs: Sequence[str], library: Library) -> dict[str, str]:
         """The latents' and those of each condition that is encoded, by its kind."""
 
-        def content(file: Path) -> str:
-            return library.facts(file, piece.frame_rate).content
-
         cut = asdict(piece.cut), piece.frame_rate, piece.mirrored
-        clip = content(piece.item.file)
+        clip = library.content(piece.item.file)
         names = {LATENTS: digest(LAYOUT, clip, cut, self.vae)}
         for kind, encoded in ENCODED.items():
             if own := sorted(name for name in inputs if INPUTS[name].condition == kind):
-                files = {name: [*map(content, paths)] for name, paths in piece.files(own).items()}
+                files = {name: [*map(library.content, paths)] for name, paths in piece.files(own).items()}
                 eyes = self.image_encoder if encoded.looks else None
                 names[kind] = digest(LAYOUT, kind, own, clip, files, cut, self.vae, eyes)
         return names

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from ..errors import InputError, ModelError
 from ..model import WanModel
 from ..models.network import Network
 from ..offload.recovery import others_give, persist
@@ -90,6 +90,8 @@ class Training:
             self.log.close()
 
     def run(self, on_step: OnStep | None, held_out: Sequence[Example], on_sample: OnSample | None) -> None:
+        if on_sample is not None and not self.team.can_show:
+            raise InputError("No samples can be made while each process holds a part of the model. Leave them out.")
         groups, begun = self.examples.groups, time.perf_counter()
         for number, batches in steps_from(self.progress.step, self.total, groups, self.settings, self.team.count):
             facts = self.step(number, batches)

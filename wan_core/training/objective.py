@@ -27,14 +27,19 @@ class Objective(nn.Module):
         self.levels = training_levels(settings)
         self.run = Run(model.compute_dtype, model.attention, around(settings))
 
-    def forward(self, example: Example, generators: Sequence[torch.Generator]) -> Tensor:
-        """The mean weighted loss at random levels, a generator for each row.
+    def forward(
+        self, example: Example, generators: Sequence[torch.Generator], sigmas: Tensor | None = None
+    ) -> Tensor:
+        """The mean loss of a batch: weighted, at random levels, or as it is at the given ones, sigmas (b,).
 
-        Levels and noise are drawn on the CPU: a seed means the same on every device.
+        What is random about a row comes from its own generator, on the CPU: a seed means the same on every device.
         """
-        draws = [self.levels.draw(1, generator) for generator in generators]
-        sigmas, weights = (torch.cat(column).to(self.model.device) for column in zip(*draws, strict=True))
-        return (weights * self.losses(example, sigmas, generators)).mean()
+        weights = torch.ones(len(generators))
+        if sigmas is None:
+            draws = [self.levels.draw(1, generator) for generator in generators]
+            sigmas, weights = (torch.cat(column) for column in zip(*draws, strict=True))
+        losses = self.losses(example, sigmas.to(self.model.device), generators)
+        return (weights.to(losses.device) * losses).mean()
 
     def losses(self, example: Example, sigmas: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The loss of each row at its level; sigmas (b,) -> (b,)."""

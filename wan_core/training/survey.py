@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from ..errors import FileError, InputError, WanError
 from .clips import Facts, Library
@@ -59,8 +60,9 @@ def look_through(
         raise InputError(f"it has no {name}.")
     values = {name: item.columns[name] for name in inputs if INPUTS[name].form == "value" and name in item.columns}
     value_conditions(values, 1)
-    clip = library.facts(item.file, framing.frame_rate)
-    beside = dict(files_beside(item, inputs, library, framing.frame_rate))
+    most = framing.num_frames if framing.sampling == "head" else 0
+    clip = library.facts(item.file, framing.frame_rate, most)
+    beside = dict(files_beside(item, inputs, lambda file: library.facts(file, framing.frame_rate, most)))
     for name, facts in beside.items():
         if clip.frames > 1 and facts.frames == 1 and INPUTS[name].form == "clip":
             raise FileError(f"its {name} is a picture, but it has {clip.frames} frames. Give a clip.")
@@ -79,11 +81,11 @@ def missing(item: Item, inputs: Sequence[str]) -> list[str]:
     return absent
 
 
-def files_beside(item: Item, inputs: Sequence[str], library: Library, frame_rate: float) -> Iterator[tuple[str, Facts]]:
+def files_beside(item: Item, inputs: Sequence[str], facts_of: Callable[[Path], Facts]) -> Iterator[tuple[str, Facts]]:
     """Of inputs that run along with the clip; the others are looked at too, and raise FileError if they are damaged."""
     for name in inputs:
         for file in item.columns.get(name, ()) if INPUTS[name].form != "value" else ():
-            facts = library.facts(file, frame_rate)
+            facts = facts_of(file)
             if INPUTS[name].form in ("clip", "mask"):
                 yield name, facts
 

@@ -1,7 +1,8 @@
-"""The processes that train together: alone, each with the whole model (DDP), or each with a part of it (FSDP).
+"""The processes that train together: alone, each with the whole model (DDP), or each with a part of it (FSDP, ZeRO).
 
 `torchrun` and `accelerate launch` start the processes and say so in the environment; accelerate's settings decide
-between the two kinds. FSDP: Zhao et al., arXiv 2304.11277, as in torch's `fully_shard`.
+between the kinds. Parts are torch's own (`fully_shard`) whether they ask for FSDP (Zhao et al., arXiv 2304.11277) or
+DeepSpeed (Rajbhandari et al., arXiv 1910.02054): the numbers are the same, and the memory is that of its stage 3.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Team:
 
     rank: int = 0
     count: int = 1
+    can_show = True  # whether a process has all that it takes to make samples
 
     @property
     def is_main(self) -> bool:
@@ -95,7 +97,13 @@ class Team:
 
 @dataclass
 class ShardedTeam(Team):
-    """Each process keeps a part of every parameter, and of its gradient and optimizer state."""
+    """Each process keeps a part of every parameter, of its gradient and optimizer state; in main memory to `offload`.
+
+    Samples cannot be made: outside of the objective nothing brings the parts together.
+    """
+
+    offload: bool = False
+    can_show = False
 
     @property
     def saves_alone(self) -> bool:
@@ -103,17 +111,24 @@ class ShardedTeam(Team):
 
     def prepare(self, objective: nn.Module, trainee: Trainee) -> Parameters:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         names = {id(parameter): name for name, parameter in objective.named_parameters()}
         places = {name: names.get(id(parameter)) for name, parameter in trainee.parameters.items()}
         if None in places.values():
-            raise InputError("FSDP is for training whole models. Train a LoRA without it, with MULTI_GPU.")
-        mesh = init_device_mesh(trainee.model.device.type, (self.count,))
+            raise InputError(
+                "FSDP and DeepSpeed are for training whole models. Train a LoRA on several cards without them: "
+                "accelerate launch --multi_gpu."
+            )
+        device = trainee.model.device.type
+        mesh = init_device_mesh(device, (self.count,))
+        policy = CPUOffloadPolicy(pin_memory=device == "cuda") if self.offload else OffloadPolicy()
         for blocks in (module for module in objective.modules() if isinstance(module, nn.ModuleList)):
             for block in blocks:
-                fully_shard(block, mesh=mesh)
-        fully_shard(objective, mesh=mesh)
+                fully_shard(block, mesh=mesh, offload_policy=policy)
+        fully_shard(objective, mesh=mesh, offload_policy=policy)
+        for parameter in trainee.parameters.values():
+            parameter.data = parameter.data.new_empty(0)  # whoever still holds it must not keep it in memory
         return {name: objective.get_parameter(place) for name, place in places.items()}
 
     def _average(self, parameters: Parameters) -> None:
@@ -148,8 +163,17 @@ def current_team() -> Team:
     """The processes that this one has joined; it alone if none."""
     if not dist.is_initialized():
         return Team()
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return (ShardedTeam if sharded else Team)(dist.get_rank(), dist.get_world_size())
+    place = dist.get_rank(), dist.get_world_size()
+    if said("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "0":
+        offload = {os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM")}
+        return ShardedTeam(*place, offload="cpu" in offload)
+    if said("ACCELERATE_USE_FSDP"):
+        return ShardedTeam(*place, offload=said("FSDP_OFFLOAD_PARAMS"))
+    return Team(*place)
+
+
+def said(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 @contextmanager
@@ -158,7 +182,7 @@ def joined() -> Iterator[Team]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield current_team()
         return
-    on_cards = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+    on_cards = torch.cuda.is_available() and not said("ACCELERATE_USE_CPU")
     if on_cards:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cards else "gloo")

@@ -216,15 +216,22 @@ def beside(path: Path, what: str) -> Path:
 # ---------------------------------------------------------------- both
 
 
+def check_choice(model: WanModel, trainable_models: Sequence[str], lora_base_model: Sequence[str]) -> None:
+    """Raises a WanError where the parts cannot be trained so."""
+    if both := set(trainable_models) & set(lora_base_model):
+        raise InputError(f"{' and '.join(sorted(both))} cannot be trained whole and with a LoRA at once. Choose one.")
+    if not (trainable_models or lora_base_model):
+        raise InputError("Say what to train: lora_base_model dit for a LoRA, or trainable_models dit for all of it.")
+    for part in (*trainable_models, *lora_base_model):
+        check_part(model, part)
+
+
 def mixed(model: WanModel, trainable_models: Sequence[str], lora_base_model: Sequence[str], **lora_options) -> Trainee:
     """A LoRA on some parts (see `new_lora` for its options), and others whole; either list may be empty, not both.
 
     Beside a LoRA, whole parts are written into a file of their own, with their names behind the LoRA's.
     """
-    if both := set(trainable_models) & set(lora_base_model):
-        raise InputError(f"{' and '.join(sorted(both))} cannot be trained whole and with a LoRA at once. Choose one.")
-    if not (trainable_models or lora_base_model):
-        raise InputError("Say what to train: lora_base_model dit for a LoRA, or trainable_models dit for all of it.")
+    check_choice(model, trainable_models, lora_base_model)
     if not lora_base_model:
         return whole(model, trainable_models)
     if not trainable_models:

@@ -23,7 +23,7 @@ def validation_losses(objective: Objective, held_out: Sequence[Example]) -> dict
         losses = []
         for number, example in enumerate(held_out):
             generator = generator_for("validation", number, low)
-            sigmas = (low + (high - low) * torch.rand(1, generator=generator)).to(example.latents.device)
-            losses.append(objective.losses(example, sigmas, [generator]).item())
+            sigmas = low + (high - low) * torch.rand(1, generator=generator)
+            losses.append(objective(example, [generator], sigmas).item())
         found[low, high] = fmean(losses)
     return found
