@@ -164,6 +164,7 @@ class TestReading:
         for rate in (0, 16):
             facts = library.facts(file, rate)
             assert (facts.width, facts.height) == (32, 32) and facts.frames == (12 if rate == 0 else 8)
+            assert library.facts(file, rate, 5).frames == 5 and library.facts(file, rate, 99).frames == facts.frames
             whole = read_clip(file, rate, 0, facts.frames)
             assert torch.equal(read_clip(file, rate, 3, 4), whole[3:7])
             with pytest.raises(FileError, match="ends after"):
@@ -174,7 +175,7 @@ class TestReading:
         library.save()
         again = Library(library.file)
         monkeypatch.setattr("comfyui_wanflow.wan_core.training.clips.measure", None)
-        assert again.facts(data / "clip0.mp4", 16) == facts
+        assert again.facts(data / "clip0.mp4", 16) == facts and facts.frames == 9
         with pytest.raises(TypeError):
             again.facts(data / "clip0.mp4", 8)
         os.utime(data / "clip0.mp4")
@@ -269,7 +270,7 @@ class TestPreparing:
     def test_what_breaks_while_it_is_read_is_left_out(self, data, encoders, tmp_path, monkeypatch):
         items = items_of(data)
         facts = Library.facts
-        monkeypatch.setattr(Library, "facts", lambda self, path, rate: replace(facts(self, path, rate), frames=30))
+        monkeypatch.setattr(Library, "facts", lambda self, *about: replace(facts(self, *about), frames=30))
         with pytest.raises(InputError, match="(?s)nothing to train on.*row 1.*ends after 9 frames"):
             prepare(items, Framing(17, SIZE, SIZE), encoders, Cache(tmp_path))
 

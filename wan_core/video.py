@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import wave
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -69,17 +70,18 @@ def parse_size(text: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def video_facts(path: Path, frame_rate: float = 0) -> tuple[int, int, int]:
-    """(width, height, frames) that `read_video` finds in a file at this rate. The whole file is decoded."""
+def video_facts(path: Path, frame_rate: float = 0, most: int = 0) -> tuple[int, int, int]:
+    """(width, height, frames) that `read_video` finds in a file at this rate. It is decoded: all of it, or `most`
+    frames, which then is what longer files are said to have."""
     try:
         if path.suffix.lower() == ".webp":
-            frames, _ = _read_pictures(path, frame_rate, 0, None)
+            frames, _ = _read_pictures(path, frame_rate, most, None)
             return frames[0].shape[1], frames[0].shape[0], len(frames)
         reader = imageio_ffmpeg.read_frames(path)
         width, height = next(reader)["size"]
         reader.close()
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-i", str(path), "-map", "0:v:0"]
-        command += [*_filters(frame_rate), "-f", "null", "-"]
+        command += [*_filters(frame_rate), *(["-frames:v", str(most)] if most else []), "-f", "null", "-"]
         done = subprocess.run(command, capture_output=True, check=True)
         frames = int(re.findall(rb"frame=\s*(\d+)", done.stderr)[-1])
         if not frames:
@@ -161,8 +163,25 @@ def _video_tags(path: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- writing
 
 
+@dataclass
+class Stream:
+    """Frames that are made while they are written, in the place of a tensor of this shape (F, H, W, 3).
+
+    pictures: each (H, W, 3) in 0..1; read once.
+    """
+
+    shape: tuple[int, int, int, int]
+    pictures: Iterator[Tensor]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.pictures
+
+
 def save_video(
-    images: Tensor,
+    images: Tensor | Stream,
     path: Path,
     frame_rate: float = 16,
     quality: int = 5,
@@ -183,8 +202,9 @@ def save_video(
         for name, value in tags.items():
             text.add_text(name, value)
         stem = path.stem.rstrip("_")  # ComfyUI's names end in the counter and an underscore
+        pictures = _bytes(images)  # which the writers take in turn
         names = [path.with_name(f"{stem}_{number:04d}.png") for number in range(len(images))]
-        writers = {name: partial(_write_png, image, text) for name, image in zip(names, images, strict=True)}
+        writers = {name: partial(_write_png, pictures, text) for name in names}
     elif suffix == "webp":
         writers = {path: partial(_write_webp, images, frame_rate, quality, tags)}
     else:
@@ -193,10 +213,10 @@ def save_video(
     return list(writers)
 
 
-def _check(images: Tensor, suffix: str, frame_rate: float, quality: int, audio) -> None:
+def _check(images: Tensor | Stream, suffix: str, frame_rate: float, quality: int, audio) -> None:
     if suffix not in FORMATS:
         raise InputError(f"Videos can be saved as {', '.join(FORMATS)}, not as {suffix!r}. Choose one of these.")
-    if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
+    if len(images.shape) != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
         raise InputError(f"There is nothing to save: the images have the shape {tuple(images.shape)}.")
     if not frame_rate > 0:
         raise InputError(f"frame_rate is {frame_rate}, but a video needs a rate above 0; Wan's own is 16.")
@@ -206,17 +226,17 @@ def _check(images: Tensor, suffix: str, frame_rate: float, quality: int, audio) 
         raise InputError(f"A {suffix} file cannot hold sound. Choose mp4 or webm, or disconnect audio.")
 
 
-def _bytes(images: Tensor) -> Iterator[np.ndarray]:
+def _bytes(images: Tensor | Stream) -> Iterator[np.ndarray]:
     """Each of images (F, H, W, 3 or 4) in 0..1 as (H, W, 3) bytes, rounded; one at a time, for the memory's sake."""
     for image in images:
         yield (image[..., :3].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous().numpy()
 
 
-def _write_png(image: Tensor, text: PngImagePlugin.PngInfo, file: Path) -> None:
-    Image.fromarray(next(_bytes(image[None]))).save(file, pnginfo=text)
+def _write_png(pictures: Iterator[np.ndarray], text: PngImagePlugin.PngInfo, file: Path) -> None:
+    Image.fromarray(next(pictures)).save(file, pnginfo=text)
 
 
-def _write_webp(images: Tensor, frame_rate: float, quality: int, tags: Mapping[str, str], file: Path) -> None:
+def _write_webp(images: Tensor | Stream, frame_rate: float, quality: int, tags: Mapping[str, str], file: Path) -> None:
     exif = Image.Exif()
     others = [name for name in tags if name != "prompt"]
     for name, value in tags.items():
@@ -228,7 +248,7 @@ def _write_webp(images: Tensor, frame_rate: float, quality: int, tags: Mapping[s
     first.save(file, save_all=True, append_images=rest, **options)
 
 
-def _write_with_ffmpeg(images: Tensor, frame_rate: float, quality: int, tags, audio, file: Path) -> None:
+def _write_with_ffmpeg(images: Tensor | Stream, frame_rate: float, quality: int, tags, audio, file: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="wanflow-") as folder:
         notes = Path(folder, "tags.txt")
         notes.write_text(_ffmetadata(tags), encoding="utf-8")

@@ -62,7 +62,7 @@ def encoded(
     framing, cache = framing_of(options), cache_of(options)
     library = Library(cache.folder / "files.json")
     pieces, told = survey(items, framing, options.extra_inputs, library, options.flip)
-    for sentence in (*told, f"{len(pieces)} pieces of {len(items)} clips are trained on."):
+    for sentence in (*told, f"Clips: {len(items)}, pieces of them to train on: {len(pieces)}."):
         host.say(sentence)
     if not pieces:
         raise InputError("There is nothing to train on.")

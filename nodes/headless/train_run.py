@@ -17,7 +17,7 @@ from ...wan_core.training.loop import train as run_loop
 from ...wan_core.training.results import captioned, results
 from ...wan_core.training.settings import Settings
 from ...wan_core.training.team import Team, joined
-from ...wan_core.training.trainee import Trainee, check_part, mixed
+from ...wan_core.training.trainee import Trainee, check_choice, mixed
 from ..host.standalone import host
 from ..watch import Watch
 from .train_data import encoded, items_of, validation_sample
@@ -42,8 +42,8 @@ def train(options: Namespace) -> list[Path]:
     settings = settings_of(options)
     with joined() as team:
         host.quiet = host.quiet or not team.is_main
-        host.output_directory = options.output_path
-        watch = Watch(None, options.output_path)
+        host.output_directory = options.output_path.resolve()
+        watch = Watch(None, host.output_directory)
         data = prepared(options, watch, team)
         trainee = captioned(trainee_of(options, data.model), data.captions)
 
@@ -85,8 +85,7 @@ def prepared(options: Namespace, watch: Watch, team: Team) -> Data:
     seen = [item for item in items if item not in unseen]
     engines = load_engines(options)
     model = engines.pop("dit")
-    for part in (*options.trainable_models, *options.lora_base_model):
-        check_part(model, part)
+    check_choice(model, options.trainable_models, options.lora_base_model)
     encoders = Encoders(**engines)
     with team.main_first():
         examples = encoded(options, seen, encoders, model, watch.prepared)
