@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from comfyui_server import COMPUTE_DTYPE, ROOT, Server
 from comfyui_wanflow.nodes.headless import cli
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
@@ -281,3 +282,26 @@ def test_comfyui_s_memory_manager_loads_shrinks_and_unloads():
     script = MANAGED.format(comfyui=str(Path(COMFYUI).resolve()), root=str(ROOT))
     result = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_gguf_files_are_listed_and_loaded(server, first_run):
+    """ComfyUI itself lists no .gguf; the GGUF packs keep them in models/unet."""
+    if subprocess.run([PYTHON, "-c", "import gguf"]).returncode:
+        pytest.skip("this ComfyUI's interpreter lacks the package gguf")
+    folder = server.base / "models/unet/mine"
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "wan")
+    for name, tensor in load_file(ROOT / "wan_core/tiny/weights/diffusion_pytorch_model.safetensors").items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (spec, options) = server.ask("/object_info/WanFlowLoadModel")["WanFlowLoadModel"]["input"]["required"]["model"]
+    assert "mine/tiny.gguf" in options["options"]
+    graph = quickstart("gguf")
+    graph[node(graph, "WanFlowLoadModel")]["inputs"]["model"] = "mine/tiny.gguf"
+    run = server.run(graph)
+    assert run.status == "execution_success", run.error
+    shown = frames(server.base / "output/gguf") - frames(server.base / "output/first")
+    assert abs(shown).max() <= 1

@@ -10,8 +10,10 @@ from comfyui_wanflow.nodes.report import Inspect
 from comfyui_wanflow.wan_core.errors import FileError
 from comfyui_wanflow.wan_core.loading.catalog import CATALOG
 from comfyui_wanflow.wan_core.loading.inspect import inspect
+from comfyui_wanflow.wan_core.loading.load import load_vae
 from comfyui_wanflow.wan_core.loading.page import ranges
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from comfyui_wanflow.wan_core.video import save_video
 from PIL import Image
 from safetensors.torch import save_file
@@ -108,6 +110,15 @@ class TestModels:
         assert pages["umt5-xxl-encoder"]["tokenizer"].startswith("not in the file")
         assert pages["vae-2.1"]["network"].startswith("base width 96, 16 latent channels")
         assert pages["clip-vit-h-visual"]["network"] == "width 1280; Wan uses the first 31 layers"
+
+    def test_a_pruned_vae(self, tmp_path):
+        """lightx2v's, a quarter as wide: the widths are read from the tensors."""
+        with torch.device("meta"):
+            shapes = {name: tuple(t.shape) for name, t in VideoVAE(24).state_dict().items()}
+        assert shapes["decoder.conv1.bias"] == (96,)
+        page = inspect([write_sparse(tmp_path / "lightvaew2_1.safetensors", shapes)])
+        assert "base width 24, 75% narrower than the published one" in facts(page)["network"]
+        assert load_vae(tmp_path / "lightvaew2_1.safetensors").module.encoder.conv1.out_channels == 24
 
     def test_gguf(self, tmp_path):
         layout = DiTLayout(dim=256, ffn_dim=256, layers=1, heads=2, text_dim=256)

@@ -20,7 +20,7 @@ from .hub import in_words
 from .identify import KINDS, Identity, identify
 from .inspect_clip import CLIP_SUFFIXES, clip_page
 from .inspect_lora import lora_facts
-from .keymaps import bundled, find_layout, is_marker, strip_prefixes
+from .keymaps import UMT5_DECODER, bundled, find_layout, is_marker, strip_prefixes
 from .outline import published_layout, published_network
 from .page import Fact, page
 from .shards import group
@@ -192,6 +192,8 @@ def text_encoder_facts(checkpoint: Checkpoint) -> Iterable[Fact]:
     layout = UMT5Layout.from_shapes(checkpoint.shapes)
     yield "network", f"{layout.layers} layers, width {layout.dim}, {layout.heads} heads, {layout.vocabulary:,} words"
     inside = "spiece_model" in checkpoint.shapes
+    if unread := sum(name.startswith(UMT5_DECODER) for name in checkpoint.shapes):
+        yield "unused", f"{unread} tensors of its decoder, which stay unread"
     yield "tokenizer", "in the file" if inside else "not in the file: looked for beside it, then google/umt5-xxl"
 
 

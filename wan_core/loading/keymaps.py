@@ -24,6 +24,8 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 NESTINGS = ("generator_ema", "ema", "state_dict", "model_state", "model", "generator", "module")
 # Tensors that say something about a file and are weights of no module.
 MARKERS = ("scaled_fp8", "spiece_model", "model_type.", "log_scale", "umt5xxl.logit_scale")
+# The other half of a whole UMT5, which Wan leaves unread (Hugging Face's names, and llama.cpp's).
+UMT5_DECODER = ("decoder.", "lm_head.", "dec.", "output.")
 
 
 @dataclass(frozen=True)

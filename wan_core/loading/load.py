@@ -32,7 +32,7 @@ from . import catalog
 from .checkpoint import Checkpoint, open_checkpoint
 from .download import PLAIN, Library
 from .identify import expect, identify
-from .keymaps import is_marker
+from .keymaps import UMT5_DECODER, is_marker
 from .outline import Outline
 from .rounding import kept
 from .sources import resolve, tokenizer_folder
@@ -128,7 +128,8 @@ def load_text_encoder(
     else:
         words = Tokenizer.open(tokenizer_folder(source, checkpoint.files, library, tokenizer))
     layout = UMT5Layout.from_shapes(checkpoint.shapes)
-    module = build(lambda: UMT5Encoder(layout), checkpoint, weight_dtype)
+    encoder = checkpoint.part(lambda name: not name.startswith(UMT5_DECODER))
+    module = build(lambda: UMT5Encoder(layout), encoder, weight_dtype)
     return WanTextEncoder(tokenizer=words, **_engine(module, source, checkpoint, device, offload=offload))
 
 
