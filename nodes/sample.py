@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..wan_core.sampling.loop import Settings, sample, working_room
+from ..wan_core.sampling.loop import DENOISE_AS, STATES, Settings, sample, working_room
 from ..wan_core.sampling.schedules import SOLVERS
 from ..wan_core.size import latent_shape, snap_size
 from .host import host, io
@@ -119,6 +119,22 @@ class Sampler(io.ComfyNode):
                     "negative", optional=True, tooltip="What the video must not show. Needed unless cfg is exactly 1."
                 ),
                 WanConditions.Input("conditions", optional=True, tooltip="Images, control videos and the like."),
+                io.Combo.Input(
+                    "denoise_as",
+                    options=list(DENOISE_AS),
+                    default="DiffSynth",
+                    optional=True,
+                    tooltip="Where denoise below 1 begins. DiffSynth: exactly there. ComfyUI: as core's KSampler, at "
+                    "the nearest step of a longer run. Both run all steps.",
+                ),
+                io.Combo.Input(
+                    "rounding",
+                    options=list(STATES),
+                    default="none",
+                    optional=True,
+                    tooltip="none is best. DiffSynth rounds latents and timesteps to bf16 in every step, as "
+                    "DiffSynth-Studio does, to make the same video.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Wan VAE Decode, or core's VAE Decode.")],
             hidden=[io.Hidden.unique_id],
@@ -127,9 +143,11 @@ class Sampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, latent, seed, rand_device, steps, cfg, cfg_merge, shift, scheduler, denoise,
-        negative=None, conditions=(),
+        negative=None, conditions=(), denoise_as="DiffSynth", rounding="none",
     ):  # fmt: skip
-        settings = Settings(seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device)
+        settings = Settings(
+            seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device, denoise_as, rounding
+        )
         samples = latent_samples(latent)
         refuse_noise_mask(latent)
         text = conditioning_text(positive, "positive")

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..wan_core.errors import InputError
 from ..wan_core.fit import FITS, fit_clip
 from ..wan_core.room import decoding_room, encoding_room
 from ..wan_core.size import PIXELS_PER_LATENT, pixel_size, snap_size
 from .host import host, io
 from .wires import WanVAE, latent_samples, number_pair
 
+# What tiles are added up in.
+SUMS = {"none": torch.float32, "DiffSynth": torch.bfloat16}
+
 
 def tiling_inputs() -> list:
     return [
         io.Boolean.Input(
-            "tiled", default=False, tooltip="Works tile by tile: less memory, a little slower, faint seams at worst."
+            "tiled",
+            default=False,
+            tooltip="Works tile by tile: less memory, slower, faint seams at worst. Off: only where it would not fit.",
         ),
         io.String.Input(
             "tile_size", default="30x52", tooltip="Height x width of a tile, in latent pixels of 8x8 pixels each."
@@ -28,9 +37,26 @@ def tiling_inputs() -> list:
     ]
 
 
-def tiling(tiled: bool, tile_size: str, tile_stride: str) -> dict:
+def rounding_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "rounding",
+        options=list(SUMS),
+        default="none",
+        optional=True,
+        tooltip="none is best. DiffSynth adds tiles up in bf16, as DiffSynth-Studio does, to make the same numbers.",
+    )
+
+
+def tiling(tiled: bool, tile_size: str, tile_stride: str, rounding: str = "none") -> dict:
+    if rounding not in SUMS:
+        raise InputError(f"rounding is {rounding!r}, but only {', '.join(SUMS)} exist. Choose one of them.")
     size, stride = number_pair(tile_size, "tile_size"), number_pair(tile_stride, "tile_stride")
-    return {"tiled": tiled, "tile_size": size, "tile_stride": stride}
+    return {"tiled": tiled, "tile_size": size, "tile_stride": stride, "sums": SUMS[rounding]}
+
+
+def in_colour(pixels: Tensor) -> Tensor:
+    """-1..1 -> 0..1, in the same place."""
+    return pixels.div_(2).add_(0.5).clamp_(0, 1)
 
 
 def room(estimate: Callable, vae: Any, picture: tuple[int, int], tiles: dict) -> int:
@@ -61,12 +87,13 @@ class VAEEncode(io.ComfyNode):
                 io.Latent.Input(
                     "latent", optional=True, tooltip="Fit the images to this latent's size, length and batch."
                 ),
+                rounding_input(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For latent of Wan Sampler.")],
         )
 
     @classmethod
-    def execute(cls, vae, images, fit, tiled, tile_size, tile_stride, latent=None):
+    def execute(cls, vae, images, fit, tiled, tile_size, tile_stride, latent=None, rounding="none"):
         if latent is None:
             batch, (frames, height, width) = 1, images.shape[:3]
             width, height, frames, _ = snap_size(width, height, frames)
@@ -77,7 +104,7 @@ class VAEEncode(io.ComfyNode):
         if note:
             host.say(note)
         pixels = clip.movedim(-1, 0)[None] * 2 - 1  # (F, H, W, 3) in 0..1 -> (1, 3, F, H, W) in -1..1
-        tiles = tiling(tiled, tile_size, tile_stride)
+        tiles = tiling(tiled, tile_size, tile_stride, rounding)
         with host.attached(vae, room(encoding_room, vae, (height, width), tiles)):
             samples = vae.encode(pixels, **tiles)  # (1, 16, T, h, w)
         samples = samples.float().to(host.intermediate_device())
@@ -96,6 +123,7 @@ class VAEDecode(io.ComfyNode):
                 WanVAE.Input("vae", tooltip="From Load Wan VAE."),
                 io.Latent.Input("latent", tooltip="From Wan Sampler, or core's KSampler with a Wan model."),
                 *tiling_inputs(),
+                rounding_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames, for Save Wan Video or any image node.")
@@ -103,12 +131,12 @@ class VAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae, latent, tiled, tile_size, tile_stride):
-        samples, tiles = latent_samples(latent), tiling(tiled, tile_size, tile_stride)
+    def execute(cls, vae, latent, tiled, tile_size, tile_stride, rounding="none"):
+        samples, tiles = latent_samples(latent), tiling(tiled, tile_size, tile_stride, rounding)
         _, *picture = pixel_size(*samples.shape[2:])
         with host.attached(vae, room(decoding_room, vae, tuple(picture), tiles)):
             pixels = vae.decode(samples, **tiles)  # (b, 3, F, H, W) in -1..1
-        images = (pixels.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1).flatten(0, 1)  # (b * F, H, W, 3) in 0..1
+        images = in_colour(pixels).movedim(1, -1).flatten(0, 1)  # (b * F, H, W, 3) in 0..1
         return io.NodeOutput(images.to(host.intermediate_device()))
 
 

@@ -75,6 +75,9 @@ RELEASED = {
         "images",
     ),
     "WanFlowSaveVideo": ("images filename_prefix frame_rate format quality", "audio", "file"),
+    "WanFlowDecodeAndSave": (
+        "vae latent filename_prefix frame_rate format quality tiled tile_size tile_stride", "audio", "file",
+    ),
 }
 
 
@@ -192,7 +195,7 @@ class EchoVAE:
 
     def decode(self, latents, **_):
         batch, _, frames, height, width = latents.shape
-        return latents.mean().expand(batch, 3, 4 * frames - 3, 8 * height, 8 * width)
+        return latents.mean().expand(batch, 3, 4 * frames - 3, 8 * height, 8 * width).clone()
 
 
 def encode(images, **inputs):

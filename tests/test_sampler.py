@@ -166,6 +166,40 @@ def test_video_to_video_starts_from_the_encoded_video(field):
     assert torch.allclose(first.x, (1 - sigma) * (video - MEAN) / STD + sigma * noise(1), atol=1e-5)
 
 
+def test_denoise_as_comfyui_takes_the_last_steps_of_a_longer_run(field):
+    video = encoded_video()
+    settings = Settings(1, 20, cfg=1, shift=3, denoise=0.7, denoise_as="ComfyUI")
+    sample(field, text(0), None, video, settings)
+    # What KSampler.set_steps of ComfyUI 0.3.64 gives with the scheduler "simple" and a ModelSamplingDiscreteFlow of
+    # shift 3, whose levels are a thousandth apart before the shift: of 28 steps the last 20.
+    recorded = [0.882716, 0.863868, 0.843832, 0.823105, 0.800373, 0.776062]
+    told = [call.timestep.item() / 1000 for call in field.trunk.calls]
+    assert len(told) == 20 and told[:6] == pytest.approx(recorded, abs=2e-3)
+    assert Settings(1, 20, denoise_as="ComfyUI").levels() == Settings(1, 20).levels()
+    assert Settings(1, 10, denoise=0.3, denoise_as="ComfyUI").levels() == Settings(1, 33).levels()[-11:]
+    near = Settings(1, 20, cfg=1, shift=3, denoise=0.7).levels()
+    assert settings.levels() != near and settings.levels() == pytest.approx(near, abs=0.02)
+
+
+def test_rounding_as_diffsynth_keeps_latents_and_timesteps_in_bf16(field):
+    """Against its loop, written out: everything between two calls of the model is bf16."""
+    settings = Settings(1, 5, cfg=3, denoise=0.6, rounding="DiffSynth")
+    got = sample(field, text(0.5), text(-0.5), encoded_video(), settings)
+    sigmas = settings.levels()
+    x = (1 - sigmas[0]) * ((encoded_video() - MEAN) / STD).bfloat16() + sigmas[0] * noise(1).bfloat16()
+    model = GaussianField()
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        timestep = torch.tensor([1000 * sigma]).bfloat16().float()
+        positive, negative = (model(x.float(), timestep, text(v), None, None).bfloat16() for v in (0.5, -0.5))
+        x = x + (negative + 3 * (positive - negative)) * (following - sigma)
+        assert x.dtype == torch.bfloat16
+    expected = x.float() * STD + MEAN
+    assert (got - expected).norm() <= 1e-6 * expected.norm()
+    exact = sample(field, text(0.5), text(-0.5), encoded_video(), Settings(1, 5, cfg=3, denoise=0.6))
+    assert 1e-4 < (got - exact).norm() / exact.norm() < 0.1
+    assert all(call.x.dtype == call.timestep.dtype == torch.float32 for call in field.trunk.calls)
+
+
 def test_a_full_denoise_ignores_the_video(field):
     settings = Settings(1, 4, cfg=1)
     assert torch.equal(
@@ -246,6 +280,8 @@ def test_conditions_reach_the_trunk_and_frames_in_front_stay_out_of_the_result(f
         ({"scheduler": "ddim"}, "no scheduler 'ddim'. Choose one of euler, unipc"),
         ({"denoise": 0}, "denoise is 0"),
         ({"denoise": 1.1}, "denoise is 1.1"),
+        ({"denoise_as": "A1111"}, "no denoise_as 'A1111'. Choose one of DiffSynth, ComfyUI"),
+        ({"rounding": "fp8"}, "no rounding 'fp8'. Choose one of none, DiffSynth"),
     ],
 )
 def test_impossible_settings_are_sentences(change, sentence):
