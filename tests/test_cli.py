@@ -215,7 +215,7 @@ class TestModels:
         assert main(["models", "Wan2.1-T2V-14B"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].endswith("Wan-AI/Wan2.1-T2V-14B/diffusion_pytorch_model.safetensors (0 bytes)")
-        assert "vae: missing, Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth" in lines
+        assert "vae: missing, Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth (about 508 MB)" in lines
 
     @pytest.mark.parametrize("command", ["models", "download"])
     def test_an_unknown_one_is_1(self, command, capsys):

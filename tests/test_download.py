@@ -351,7 +351,9 @@ class TestCommands:
 
     def test_sizes(self, online, capsys):
         assert cli.main(["models", "Wan2.1-T2V-1.3B"]) == 0
-        assert "vae: missing, Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth\n" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "vae: missing, Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth (about 508 MB)\n" in printed
+        assert "diffusion_pytorch_model*.safetensors (about 5.68 GB)\n" in printed  # as wan21.md and formats.md say
         assert online.listings == []
         assert cli.main(["models", "Wan2.1-T2V-1.3B", "--sizes"]) == 0
         assert "vae: missing, Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth (1.05 MB)\n" in capsys.readouterr().out

@@ -70,8 +70,8 @@ def library_for(kind: str, options: argparse.Namespace) -> Library:
 
 def models_command(options: argparse.Namespace) -> int:
     if options.model is not None:
-        for kind, source in row_of(options.model).files.items():
-            print(f"{kind.replace('_', ' ')}: {file_line(kind, source, options)}")
+        for kind in (row := row_of(options.model)).files:
+            print(f"{kind.replace('_', ' ')}: {file_line(row, kind, options)}")
         return 0
     width = max(len(row.name) for row in CATALOG)
     for row in CATALOG:
@@ -92,11 +92,21 @@ def row_line(row: Row, options: argparse.Namespace) -> str:
     return f"here, {in_words(sum(map(size_on_disk, chain(*found.values()))))}"
 
 
-def file_line(kind: str, source: Source, options: argparse.Namespace) -> str:
-    """Where the files of a kind lie, or where they would come from."""
+def file_line(row: Row, kind: str, options: argparse.Namespace) -> str:
+    """Where the files of a kind lie, or where they would come from and how large they are."""
+    source = row.files[kind]
     if found := on_this_machine(kind, source, options):
         return f"{', '.join(map(str, found))} ({in_words(sum(map(size_on_disk, found)))})"
-    return f"missing, {source}{size_of_missing(source, options)}"
+    return f"missing, {source}{size_of_missing(source, options) or estimate(row, kind, options)}"
+
+
+def estimate(row: Row, kind: str, options: argparse.Namespace) -> str:
+    """In brackets, from what is published of a network; nobody is asked."""
+    if kind == "tokenizer":
+        return ""
+    from ...wan_core.loading.outline import open_outline
+
+    return f" (about {in_words(open_outline(row.name, kind, library_for(kind, options)).bytes)})"
 
 
 def size_on_disk(path: Path) -> int:
