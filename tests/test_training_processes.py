@@ -70,6 +70,7 @@ def test_with_parts_in_each_they_are_too_and_go_on_after_a_stop(together, tmp_pa
     assert_close(load_file(tmp_path / "epoch-1.safetensors"), load_file(folder / "whole" / "epoch-1.safetensors"))
 
 
-def test_a_lora_has_no_parts_to_share(together):
+def test_what_cannot_be_shared_in_parts_is_told(together):
     for one in together[1]:
         assert "accelerate launch --multi_gpu" in one["refused"][2]
+        assert "Choose adamw" in one["muon"][2]

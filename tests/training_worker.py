@@ -45,4 +45,5 @@ with joined() as team:
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     told["whole"] = run(whole(small_model()), "whole", SHARED)
     told["refused"] = run(lora(), "refused", OPTIONS)
+    told["muon"] = run(whole(small_model()), "refused", {**OPTIONS, "optimizer": "muon"})
     (folder / f"process{team.rank}.json").write_text(json.dumps(told))

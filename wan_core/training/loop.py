@@ -23,7 +23,7 @@ from .checkpoints import Progress, load_checkpoint, save_checkpoint
 from .examples import Example, Examples
 from .logs import Log
 from .objective import Objective
-from .optimizers import make_optimizer, set_rate
+from .optimizers import OPTIMIZERS, make_optimizer, set_rate
 from .order import Batch, epoch_steps, share, steps_from
 from .settings import Settings
 from .team import current_team, mapped
@@ -75,6 +75,10 @@ class Training:
     def __init__(self, trainee: Trainee, examples: Examples, settings: Settings, folder: Path, network: Network):
         self.trainee, self.examples, self.settings, self.folder = trainee, examples, settings, folder
         self.team = current_team()
+        if not (self.team.holds_all or OPTIMIZERS[settings.optimizer].takes_parts):
+            raise InputError(
+                f"{settings.optimizer} looks at whole matrices, but each process holds a part of them. Choose adamw."
+            )
         self.steps_an_epoch = len(epoch_steps(examples.groups, settings, 0, self.team.count))
         self.total = min(self.steps_an_epoch * settings.num_epochs, settings.max_train_steps or 2**63)
         self.objective = Objective(network, trainee.model, settings)
@@ -90,7 +94,7 @@ class Training:
             self.log.close()
 
     def run(self, on_step: OnStep | None, held_out: Sequence[Example], on_sample: OnSample | None) -> None:
-        if on_sample is not None and not self.team.can_show:
+        if on_sample is not None and not self.team.holds_all:
             raise InputError("No samples can be made while each process holds a part of the model. Leave them out.")
         groups, begun = self.examples.groups, time.perf_counter()
         for number, batches in steps_from(self.progress.step, self.total, groups, self.settings, self.team.count):

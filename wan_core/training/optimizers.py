@@ -19,20 +19,24 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Kind:
-    """Where an optimizer is, what to install for it, and what it is given beside rate and decay."""
+    """Where an optimizer is, what to install for it, and what it is given beside rate and decay.
+
+    takes_parts: it steps each number by itself, so that each process may hold some of them.
+    """
 
     module: str
     name: str
     package: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
+    takes_parts: bool = False
 
 
 OPTIMIZERS = {
-    "adamw": Kind("torch.optim", "AdamW", options={"betas": (0.9, 0.999)}),
+    "adamw": Kind("torch.optim", "AdamW", options={"betas": (0.9, 0.999)}, takes_parts=True),
     "adamw8bit": Kind("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", {"betas": (0.9, 0.999)}),
     "adafactor": Kind("transformers", "Adafactor", "transformers", {"scale_parameter": False, "relative_step": False}),
     "prodigy": Kind("prodigyopt", "Prodigy", "prodigyopt", {"safeguard_warmup": True, "use_bias_correction": True}),
-    "schedule_free": Kind("schedulefree", "AdamWScheduleFree", "schedulefree"),
+    "schedule_free": Kind("schedulefree", "AdamWScheduleFree", "schedulefree", takes_parts=True),
     "muon": Kind(f"{__package__}.muon", "Muon"),
 }
 

@@ -31,7 +31,7 @@ class Team:
 
     rank: int = 0
     count: int = 1
-    can_show = True  # whether a process has all that it takes to make samples
+    holds_all = True  # whether each process holds the whole model
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +41,7 @@ class Team:
     @property
     def saves_alone(self) -> bool:
         """Whether the main process can save without the others, as after a failure of its own."""
-        return self.is_main
+        return self.is_main and self.holds_all
 
     def prepare(self, objective: nn.Module, trainee: Trainee) -> Parameters:
         """Share out what is trained; the parameters as this process holds them."""
@@ -103,11 +103,7 @@ class ShardedTeam(Team):
     """
 
     offload: bool = False
-    can_show = False
-
-    @property
-    def saves_alone(self) -> bool:
-        return False
+    holds_all = False
 
     def prepare(self, objective: nn.Module, trainee: Trainee) -> Parameters:
         from torch.distributed.device_mesh import init_device_mesh
