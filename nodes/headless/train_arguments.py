@@ -88,6 +88,8 @@ DATA = (
 )  # fmt: skip
 
 MODEL = (
+    Argument("model", str, None, "a published model by its name, such as Wan2.1-T2V-1.3B or the bundled WanTiny-T2V, "
+             "with its encoders; files that are named beside it take the place of its own"),
     Argument("model_paths", path_list, [], 'a JSON list of files: ["a.safetensors", ["part 1", "part 2"]]'),
     Argument("model_id_with_origin_paths", names, [], "id:pattern,id:pattern on ModelScope, or in the models folder"),
     Argument("tokenizer_path", str, "", "a folder, or id:pattern (default: the one published for all models)"),

@@ -13,11 +13,13 @@ from ...wan_core.loading.catalog import Source
 from ...wan_core.loading.checkpoint import open_checkpoint
 from ...wan_core.loading.download import fetch
 from ...wan_core.loading.identify import identify
+from ...wan_core.loading.sources import located
 from ..host.standalone import host
-from .models import library_for
+from .models import library_for, row_of
 
 NEEDED = {"dit": "diffusion model", "vae": "VAE", "text_encoder": "text encoder"}
 MODULES = ("vace_module", "motion_controller")  # that come beside a diffusion model
+KINDS = (*NEEDED, "image_encoder", *MODULES)
 
 
 def load_engines(options: argparse.Namespace, instead: Mapping[str, list[Path]] | None = None) -> dict[str, Any]:
@@ -47,19 +49,23 @@ def load_engines(options: argparse.Namespace, instead: Mapping[str, list[Path]] 
 def files_by_kind(options: argparse.Namespace) -> dict[str, list[Path]]:
     """Raises InputError where a model is missing, or named twice."""
     found: dict[str, list[Path]] = {}
-    for kind, files in sources(options):
+    for kind, files in named_files(options):
         if kind in found:
             raise InputError(f"Two of the models are of one kind: {found[kind][0]} and {files[0]}. Name one of them.")
         found[kind] = files
+    if options.model is not None:
+        published = {kind: source for kind, source in row_of(options.model).files.items() if kind in KINDS}
+        found = {kind: located(published[kind], library_for(kind, options)) for kind in published} | found
     for kind, noun in NEEDED.items():
         if kind not in found:
             raise InputError(
-                f"No {noun} is among the models. Name it in --model_paths or --model_id_with_origin_paths."
+                f"No {noun} is among the models. Name it in --model_paths or --model_id_with_origin_paths, or a "
+                "published model with --model."
             )
     return found
 
 
-def sources(options: argparse.Namespace) -> Iterator[tuple[str, list[Path]]]:
+def named_files(options: argparse.Namespace) -> Iterator[tuple[str, list[Path]]]:
     """(kind, files) of every model that was named."""
     listed = [[Path(part) for part in ([entry] if isinstance(entry, str) else entry)] for entry in options.model_paths]
     for entry in options.model_id_with_origin_paths:
