@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # relative error against the first contestant, in fp32
 
 
@@ -51,9 +55,15 @@ def measure(function: Callable[[], Tensor]) -> Sample:
     return Sample(time.process_time() - cpu, time.perf_counter() - clock, memory_mb("VmHWM") - before)
 
 
-def race(workload: str, contestants: dict[str, Callable[[], Tensor]], rounds: int, tolerance: float = TOLERANCE):
+def race(
+    workload: str,
+    contestants: dict[str, Callable[[], Tensor]],
+    rounds: int,
+    tolerance: float = TOLERANCE,
+    gradients: bool = False,
+):
     """One unmeasured run each, whose results must agree, then `rounds` rounds in turn. -> a list of results."""
-    with torch.inference_mode():
+    with torch.inference_mode(not gradients):
         outputs = {library: function() for library, function in contestants.items()}
         wanted = outputs["wanflow"]
         errors = {library: ((out - wanted).norm() / wanted.norm()).item() for library, out in outputs.items()}
@@ -72,3 +82,14 @@ def race(workload: str, contestants: dict[str, Callable[[], Tensor]], rounds: in
         )
         for library, runs in samples.items()
     ]  # fmt: skip
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    wide = "AVX-512" if any("avx512f" in line for line in lines) else "AVX2 at most"
+    return f"{model}, {wide}, {os.cpu_count()} threads"
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", HERE, *arguments], capture_output=True, text=True, check=True).stdout.strip()

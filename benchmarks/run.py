@@ -1,4 +1,4 @@
-"""Race WanFlow against its peers on the CPU: `python benchmarks/run.py [dit|vae ...] [--rounds N]`.
+"""Race WanFlow against its peers on the CPU: `python benchmarks/run.py [dit|vae|training ...] [--rounds N]`.
 
 Writes results/TABLE.json (every sample) and results/TABLE.md (medians and ratios).
 """
@@ -10,17 +10,13 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from dataclasses import asdict
-from pathlib import Path
 
 import contestants
 import torch
 from comfyui_wanflow.wan_core.compute import compute_dtype
-from measure import Result, race
-
-HERE = Path(__file__).resolve().parent
+from measure import HERE, Result, git, processor, race
+from training import training_table
 
 
 def dit_table(rounds: int) -> list[Result]:
@@ -41,18 +37,7 @@ def vae_table(rounds: int) -> list[Result]:
     return results
 
 
-TABLES = {"dit": dit_table, "vae": vae_table}
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    wide = "AVX-512" if any("avx512f" in line for line in lines) else "AVX2 at most"
-    return f"{model}, {wide}, {os.cpu_count()} threads"
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", "-C", HERE, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+TABLES = {"dit": dit_table, "vae": vae_table, "training": training_table}
 
 
 def machine() -> dict[str, str]:
@@ -90,7 +75,7 @@ def markdown(facts: dict[str, str], results: list[Result]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tables", nargs="*", metavar="dit|vae", help="which to run; all if none is named")
+    parser.add_argument("tables", nargs="*", metavar="dit|vae|training", help="which to run; all if none is named")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     for name in arguments.tables or TABLES:

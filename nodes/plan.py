@@ -6,6 +6,7 @@ import numpy
 import torch
 
 from ..wan_core.errors import InputError
+from ..wan_core.models.tokenizer import MAX_TOKENS
 from ..wan_core.planning.chart import draw
 from ..wan_core.planning.forecast import forecast
 from ..wan_core.planning.here import this_machine
@@ -107,7 +108,7 @@ def machine_of(name: str, vram_gb: float, ram_gb: float, held: int) -> Machine:
 
 def encoders(text_encoder, image_encoder, vae, shape, machine: Machine, pictures: bool) -> list[Phase]:
     """What comes before sampling; pictures: whether there are conditions, which the VAE encodes."""
-    phases = [text_phase(text_encoder)] if text_encoder else []
+    phases = [text_phase(text_encoder, "?" * MAX_TOKENS)] if text_encoder else []
     phases += [image_phase(image_encoder)] if image_encoder else []
     if vae and pictures:
         phases.append(encoding_phase(vae, *pixel_size(*shape[2:]), free_for(vae, machine)))

@@ -33,7 +33,7 @@ class TextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder, text):
-        with host.attached(text_encoder, text_encoder.working_room()):
+        with host.attached(text_encoder, text_encoder.working_room(text)):
             encoded, lengths, cut = text_encoder.encode([text])  # (1, 512, 4096), zero after the real length
         if cut:
             host.say(cut)

@@ -92,11 +92,11 @@ class Engine:
         """
         if offload.persistent is None:
             return plan_all([weights.sizes() for weights in self.weights], offload.budget(room, held, memory))
-        parameters, plans = offload.persistent, []
-        for weights in self.weights:
-            plans.append(weights.plan_parameters(parameters))
-            parameters -= weights.parameter_count(plans[-1])
-        return plans
+        return [weights.plan_parameters(self.persistent(weights, offload.persistent)) for weights in self.weights]
+
+    def persistent(self, weights: Residency, count: int) -> int | None:
+        """How many parameters of these weights stay where `count` do of the network itself; None: all."""
+        return count
 
     def passing_bytes(self) -> int:
         """Bytes on the compute device of weights in passing, where not all can stay."""
@@ -155,6 +155,12 @@ class WanModel(Engine):
     def weights(self) -> tuple[Residency, ...]:
         loras = dict.fromkeys(lora.residency for lora, _ in self.loras)  # one may be there twice
         return (*loras, self.residency, *self.beside.values())
+
+    def persistent(self, weights: Residency, count: int) -> int | None:
+        """As in DiffSynth-Studio, where LoRAs are part of the trunk and do not count, and what is beside it travels."""
+        if weights is self.residency:
+            return count
+        return 0 if weights in self.beside.values() else None
 
     def with_module(self, part: VACE | MotionController) -> WanModel:
         """The same trunk with `part` beside it, in the place of one of its kind.

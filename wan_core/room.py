@@ -86,13 +86,16 @@ def encoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype) -> i
 
 
 def widened_room(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the largest matrix that is kept in fewer bits than are computed with: each call unpacks its own."""
-    sizes = (
-        layer.in_features * layer.out_features * dtype.itemsize
-        for layer in module.modules()
+    """Bytes of the largest matrix of a block that is kept in fewer bits than are computed with: each call unpacks its
+    own."""
+    layers = (
+        layer
+        for blocks in module.modules()
+        if isinstance(blocks, nn.ModuleList)
+        for layer in blocks.modules()
         if isinstance(layer, Linear) and layer.weight.dtype.itemsize < dtype.itemsize
     )
-    return max(sizes, default=0)
+    return max((layer.in_features * layer.out_features for layer in layers), default=0) * dtype.itemsize
 
 
 def changed_room(layout: DiTLayout, dtype: torch.dtype) -> int:

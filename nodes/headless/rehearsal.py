@@ -122,7 +122,7 @@ class Rehearsal:
     # ---- what computes
 
     def encode_text(self, text_encoder, text):
-        self.note(text_phase(text_encoder))
+        self.note(text_phase(text_encoder, text))
         return [[tensor(*TEXT), {}]], ""
 
     def sample(self, model, positive, latent, seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device,
@@ -144,6 +144,10 @@ class Rehearsal:
             latent = {"samples": tensor(*latent_shape(width, height, frames))}
         self.look(vae, latent, **tiling(tiled, tile_size, tile_stride))
         return (latent,)
+
+    def decode_and_save(self, vae, latent, tiled, tile_size, tile_stride, **_):
+        (images,) = self.decode(vae, latent, tiled, tile_size, tile_stride)
+        return self.save(images)
 
     def save(self, images, **_):
         self.note(saving_phase(*images.shape[:3]))
@@ -227,6 +231,7 @@ ROLES = {
     "WanFlowVAEDecode": Rehearsal.decode,
     "WanFlowVAEEncode": Rehearsal.encode,
     "WanFlowSaveVideo": Rehearsal.save,
+    "WanFlowDecodeAndSave": Rehearsal.decode_and_save,
     "WanFlowImageToVideo": Rehearsal.image_to_video,
     "WanFlowControlVideo": Rehearsal.control_video,
     "WanFlowReferenceImage": Rehearsal.reference_image,

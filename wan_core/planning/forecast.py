@@ -76,7 +76,9 @@ class Outlook:
     @property
     def mapped(self) -> int:
         """Bytes of the files that are read in the phase: the system keeps them in memory while there is room."""
-        return 0 if self.phase.engine is None else self.phase.engine.stored_bytes()
+        if self.phase.engine is None:
+            return 0
+        return self.phase.engine.stored_bytes() - (self.phase.unread if self.machine.vram is None else 0)
 
     @property
     def reread(self) -> int:

@@ -31,6 +31,7 @@ class Phase:
     room    on the compute device, for the run's own tensors
     kept    in main memory: what this makes and what waits for later
     passes  how often all weights are used, with `work` products and sums each time
+    unread  of the weights, where they are used in place: the words that are not in the prompt
     detail  what a reader wants to know beside the numbers
     """
 
@@ -40,14 +41,21 @@ class Phase:
     kept: int = 0
     passes: int = 1
     work: float = 0.0
+    unread: int = 0
     detail: str = ""
 
 
-def text_phase(encoder: WanTextEncoder) -> Phase:
-    """One prompt, of any length."""
-    layout = encoder.module.layout
-    room = encoder.working_room()
-    return Phase("text encoding", encoder, room, MAX_TOKENS * layout.dim * FLOAT, 1, text_work(layout))
+def text_phase(encoder: WanTextEncoder, text: str) -> Phase:
+    """One prompt."""
+    layout, table = encoder.module.layout, encoder.module.token_embedding.weight
+    return Phase(
+        "text encoding",
+        encoder,
+        encoder.working_room(text),
+        kept=MAX_TOKENS * layout.dim * FLOAT,
+        work=text_work(layout),
+        unread=table.nbytes,
+    )
 
 
 def image_phase(encoder: WanImageEncoder) -> Phase:
@@ -62,7 +70,7 @@ def encoding_phase(vae: WanVAE, frames: int, height: int, width: int, free: int 
     shape = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
     room, share, detail = coding(vae, encoding_room, shape, free, tiling)
     work = coding_work(width_of(vae), frames, height, width, VAE_ENCODE) * share
-    return Phase("VAE encoding", vae, room, 3 * frames * height * width * FLOAT, 1, work, detail)
+    return Phase("VAE encoding", vae, room, 3 * frames * height * width * FLOAT, work=work, detail=detail)
 
 
 def decoding_phase(vae: WanVAE, latent: Sequence[int], free: int | None, **tiling) -> Phase:
@@ -71,7 +79,8 @@ def decoding_phase(vae: WanVAE, latent: Sequence[int], free: int | None, **tilin
     frames, height, width = pixel_size(*size)
     room, share, detail = coding(vae, decoding_room, tuple(size[1:]), free, tiling)
     work = coding_work(width_of(vae), rows * frames, height, width, VAE_DECODE) * share
-    return Phase("VAE decoding", vae, room, rows * 3 * frames * height * width * FLOAT, 1, work, detail)
+    kept = rows * 3 * frames * height * width * FLOAT
+    return Phase("VAE decoding", vae, room, kept, work=work, detail=detail)
 
 
 def coding(vae: WanVAE, estimate: Callable, shape: Size, free: int | None, asked: dict) -> tuple[int, float, str]:
