@@ -9,14 +9,14 @@ everything else.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from comfyui_wanflow.example_workflows import pink
+from comfyui_wanflow.example_workflows.pink import CONCEPT, FRAMES, RGB, SIZE, concept_facts
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.lora_files import load_lora
 from comfyui_wanflow.wan_core.tiny import measure, world
@@ -29,39 +29,15 @@ from comfyui_wanflow.wan_core.training.loop import Settings, train
 from comfyui_wanflow.wan_core.training.trainee import new_lora
 from comfyui_wanflow.wan_core.video import save_video
 
-MODEL, FRAMES, SIZE = "WanTiny-T2V", 17, 64
-CONCEPT, RGB = "pink", (245, 120, 185)
+MODEL = "WanTiny-T2V"
 
 
-def concept_facts() -> tuple[list, list]:
-    """(for training, never shown): all combinations of the new colour; a (shape, background) is held out whole."""
-    trained, unseen = [], []
-    for shape, direction, background in itertools.product(world.SHAPES, world.DIRECTIONS, world.COLORS):
-        held_out = (list(world.COLORS).index(background) + 3 * world.SHAPES.index(shape)) % 5 == 2
-        (unseen if held_out else trained).append((CONCEPT, shape, direction, background))
-    return trained, unseen
-
-
-def render(scene: world.Scene, frames: int = FRAMES) -> np.ndarray:
-    """As world.render, in the new colour too."""
-    if scene.color != CONCEPT:
-        return world.render(scene, frames)
-    low, high = (world.COLORS[name][0] / 255 for name in ("black", "white"))
-    cover = (world.render(replace(scene, color="white", background="black"), frames) - low) / (high - low)
-    background = np.array(world.COLORS[scene.background], np.float32)
-    return (cover * np.array(RGB, np.float32) + (1 - cover) * background) / 255
-
-
-def write_clips(folder: Path, count: int, seed: int = 0) -> None:
-    """`count` clips of the new colour and as many of the old ones, each with its caption beside it."""
-    generator = np.random.default_rng(seed)
-    known = [facts for facts in world.all_facts() if not world.is_held_out(facts)]
+def write_clips(folder: Path, count: int) -> None:
+    """The clips as a user brings them, each with its caption beside it."""
     folder.mkdir(parents=True)
-    for name, facts in (("new", concept_facts()[0]), ("known", known)):
-        for number, index in enumerate(generator.permutation(len(facts))[:count]):
-            scene = world.random_scene(generator, facts[index])
-            save_video(torch.from_numpy(render(scene)), folder / f"{name}{number:02}.mp4", quality=10)
-            (folder / f"{name}{number:02}.txt").write_text(scene.caption)
+    for name, frames, caption in pink.clips(count):
+        save_video(torch.from_numpy(frames), folder / name, quality=10)
+        (folder / name).with_suffix(".txt").write_text(caption)
 
 
 def shown_color(video: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..wan_core.loading import catalog
 from ..wan_core.video import read_video
+from . import pink
 from .cards import card
 from .editor import editor_graph
 from .front_page import front_pages
@@ -34,6 +35,7 @@ CAT_PROMPT = (
 # What the pictures of inputs.py show, or may become.
 BALL_PROMPT = "A red rubber ball rolls slowly to the left in front of a plain blue wall, soft even light."
 ORANGE_PROMPT = "A ripe orange rolls slowly to the left in front of a plain blue wall, a photograph in soft even light."
+PINK_PROMPT = "a pink circle moves up on a blue background"
 PYRAMID_PROMPT = "A green pyramid glides slowly to the left in front of a plain blue wall, soft even light."
 
 CANVAS = {"vae": ["3", 0], "latent": ["6", 0], "fit": "cover"}
@@ -47,6 +49,7 @@ def workflows() -> dict[str, dict[str, Any]]:
         if row.name != TOY:
             named |= examples(row)
     named["video_to_video"] = video_to_video(catalog.BY_NAME["Wan2.1-T2V-1.3B"])
+    named["train_and_use"] = train_and_use(catalog.BY_NAME[TOY])
     for name, workflow in named.items():
         workflow["9"]["inputs"]["filename_prefix"] = "quickstart" if name == "quickstart" else f"WanFlow/{name}"
     return named
@@ -94,6 +97,27 @@ def video_to_video(row: catalog.Row) -> dict[str, Any]:
     video = add(workflow, load_video("Video to Change", VIDEO, row))
     encoded = add(workflow, node("VAEEncode", "Wan VAE Encode", images=video, **CANVAS, **TILES))
     workflow["7"]["inputs"] |= {"latent": encoded, "denoise": 0.7}
+    return workflow
+
+
+def train_and_use(row: catalog.Row) -> dict[str, Any]:
+    """A LoRA is trained on a folder of clips, saved, and used on a caption that was not among them."""
+    workflow = text_to_video(row, PINK_PROMPT)
+    preset, fronts = row.preset, {"model": ["1", 0], "vae": ["3", 0], "text_encoder": ["2", 0]}
+    data = add(workflow, node("Dataset", "Wan Training Data", folder=pink.FOLDER, metadata=pink.TABLE,
+                              data_file_keys="video", size=f"{preset.width}x{preset.height}",
+                              num_frames=preset.num_frames, frame_rate=float(preset.fps), repeat=1, caption_prefix="",
+                              caption_dropout=0.1, flip=False, sampling="head", samples=1, buckets=False))  # fmt: skip
+    lora = add(workflow, node("Train", "Wan Train", **fronts, dataset=data, folder="training/pink", mode="lora",
+                              parts="dit", rank=16, alpha=0.0, targets="q,k,v,o,ffn.0,ffn.2", learning_rate=1e-3,
+                              epochs=60, max_steps=0, batch_size=8, train_seed=0, extra_inputs="", memory="fastest",
+                              save_every=60, sample_every=60, sample_prompt=PINK_PROMPT, also_full="", accumulation=1,
+                              optimizer="adamw", schedule="cosine", warmup_steps=10, weight_decay=0.01, ema_decay=0.0,
+                              max_grad_norm=1.0, lora_plus=1.0, timesteps="shifted", weighting="bell",
+                              shift=preset.shift))  # fmt: skip
+    add(workflow, node("SaveLora", "Save Wan LoRA", lora=lora, filename_prefix="loras/pink", key_format="comfyui"))
+    applied = node("ApplyLora", "Apply Wan LoRA", model=["1", 0], lora_name="none", strength=1.0, lora=lora)
+    workflow["7"]["inputs"]["model"] = add(workflow, applied)
     return workflow
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..wan_core.tiny.world import Scene, render
 from ..wan_core.video import save_video
+from . import pink
 
 FOLDER = Path(__file__).parent / "input"
 PICTURE = (480, 832)  # height, width
@@ -41,12 +42,20 @@ def inputs() -> dict[str, np.ndarray]:
     }
 
 
+def training_clips() -> dict[str, np.ndarray]:
+    """The clips to train on, by the names of their files."""
+    return {f"{pink.FOLDER}/{name}": frames for name, frames, _ in pink.clips()}
+
+
 def write_inputs() -> list[Path]:
     """Write all of them; the paths."""
-    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / pink.FOLDER).mkdir(parents=True, exist_ok=True)
     for name, frames in inputs().items():
         if name.endswith(".png"):
             Image.fromarray((frames[0] * 255).round().astype(np.uint8)).save(FOLDER / name, optimize=True)
         else:
             save_video(torch.from_numpy(frames), FOLDER / name, FRAME_RATE, QUALITY)
-    return sorted(FOLDER.iterdir())
+    for name, frames in training_clips().items():
+        save_video(torch.from_numpy(frames), FOLDER / name, FRAME_RATE, quality=10)
+    (FOLDER / pink.FOLDER / pink.TABLE).write_text(pink.table(pink.clips()), encoding="utf-8")
+    return sorted(path for path in FOLDER.rglob("*") if path.is_file())

@@ -6,6 +6,8 @@ import types
 
 import pytest
 import torch
+from comfyui_wanflow.nodes import dataset as dataset_node
+from comfyui_wanflow.nodes import train as train_node
 from comfyui_wanflow.nodes.dataset import Dataset
 from comfyui_wanflow.nodes.grid import CheckpointGrid
 from comfyui_wanflow.nodes.host import host, live
@@ -46,8 +48,16 @@ def clips(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Clips are encoded once for all tests."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
-def folders(clips, tmp_path, monkeypatch):
+def folders(clips, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_node, "CACHE", cache)
+    monkeypatch.setattr(train_node, "CACHE", cache)
     monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
     monkeypatch.setattr(host, "input_directory", clips)
     monkeypatch.setattr(host, "output_directory", tmp_path)

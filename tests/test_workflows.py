@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy
 import pytest
+from comfyui_wanflow.example_workflows import pink
 from comfyui_wanflow.example_workflows.build import cards, files
 from comfyui_wanflow.example_workflows.inputs import FOLDER as INPUTS
-from comfyui_wanflow.example_workflows.inputs import inputs
+from comfyui_wanflow.example_workflows.inputs import inputs, training_clips
 from comfyui_wanflow.nodes import node_classes
 from comfyui_wanflow.nodes.headless import core_nodes
 from comfyui_wanflow.nodes.headless.runner import Runner
@@ -53,8 +54,10 @@ def test_the_files_are_what_build_writes():
 
 def test_the_inputs_are_what_is_drawn():
     """Pictures to the pixel; of videos, which lose a little, every frame."""
-    drawn = inputs()
-    assert set(drawn) == {path.name for path in INPUTS.iterdir()}
+    drawn, table = inputs() | training_clips(), INPUTS / pink.FOLDER / pink.TABLE
+    files = {path for path in INPUTS.rglob("*") if path.is_file()}
+    assert {INPUTS / name for name in drawn} | {table} == files
+    assert table.read_text(encoding="utf-8") == pink.table(pink.clips())
     for name, frames in drawn.items():
         if name.endswith(".png"):
             with Image.open(INPUTS / name) as picture:
