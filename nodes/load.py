@@ -16,13 +16,10 @@ from .library import library_input, library_of
 from .wires import WanImageEncoder, WanModel, WanOffload, WanTextEncoder, WanVAE
 
 WEIGHT_DTYPE_TOOLTIP = "How the weights are kept in memory. auto keeps the file's own type."
-FP8_TOOLTIP = (
-    " fp8 takes half of bf16: the matrices of the blocks are rounded, with a scale for each row (_tensor: for each "
-    "matrix). _cast rounds everything without scales, as other programs do."
-)
-FILES_TOOLTIP = (
-    "Overrides the choice above. A path, several paths (one shard a line), a folder, "
-    "or model_id:pattern, which is downloaded from ModelScope when it is not on this machine."
+NARROW_TOOLTIP = (
+    " int8 and fp8 take half of bf16: the matrices of the blocks are rounded, int8 with a scale for every 32 numbers "
+    "(the closest to bf16), fp8 with one a row (_tensor: one a matrix). _cast rounds everything without scales, as "
+    "other programs do."
 )
 
 
@@ -52,7 +49,7 @@ def offload_input() -> io.Custom.Input:
 
 
 def dtype_input(choices: Iterable[str] = UNSCALED) -> io.Combo.Input:
-    tooltip = f"{WEIGHT_DTYPE_TOOLTIP}{FP8_TOOLTIP if choices is STORAGE else ''}"
+    tooltip = f"{WEIGHT_DTYPE_TOOLTIP}{NARROW_TOOLTIP if choices is STORAGE else ''}"
     return io.Combo.Input("weight_dtype", options=list(choices), default="auto", tooltip=tooltip)
 
 

@@ -1,4 +1,4 @@
-"""Weights in 8-bit floats: rounded while loading, multiplied as they are or widened, run, streamed and trained through."""
+"""Weights in eight bits: rounded while loading, multiplied as they are or widened, run, streamed and trained through."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 LAYOUT = DiTLayout(dim=128, ffn_dim=256, layers=3, heads=1, text_dim=32)
 ELSEWHERE = torch.device("cpu:0")  # to torch another place than "cpu", with the numbers at hand
-SCALED = ["fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fn_tensor", "fp8_e5m2_tensor"]
+SCALED = ["fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fn_tensor", "fp8_e5m2_tensor", "int8"]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,17 @@ class TestRounding:
             found = (parts["weight"].float() * parts["scale"])[weight.abs() > weight.abs().amax(1, keepdim=True) / 1000]
             assert ((found - meant).abs() <= meant.abs() * (2**-3 if dtype == torch.float8_e5m2 else 2**-4)).all()
 
+    def test_integers_in_blocks(self):
+        weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+        weight[0, :32] *= 1000
+        weight[1] = 0
+        parts = narrowed(weight, torch.int8, "block")
+        assert parts["weight"].dtype == torch.int8 and parts["scale"].shape == (6, 2)
+        found = (parts["weight"].unflatten(1, (2, 32)) * parts["scale"].float()[..., None]).flatten(1)
+        assert all(relative_error(found[i], weight[i]) < 0.01 for i in range(6))
+        assert relative_error(found[0, 32:], weight[0, 32:]) < 0.01  # beside large numbers
+        assert narrowed(torch.ones(2, 33), torch.int8, "block")["scale"].shape == (2, 1)
+
     def test_small_weights_keep_their_precision(self):
         """As a plain cast does not: below 1/64 e4m3fn has ever fewer bits."""
         weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.003
@@ -87,7 +98,8 @@ class TestLoading:
             if name in narrow:
                 layer = trunk.get_submodule(name.removesuffix(".weight"))
                 assert found.dtype == STORAGE[choice].dtype and layer.scale.ndim == (0 if "tensor" in choice else 2)
-                assert relative_error(layer.numbers(torch.float32), parameter) < (0.06 if "e5m2" in choice else 0.03)
+                most = 0.007 if choice == "int8" else 0.06 if "e5m2" in choice else 0.03
+                assert relative_error(layer.numbers(torch.float32), parameter) < most
             else:
                 assert torch.equal(found, parameter) and found.dtype == torch.float32
         assert all(parameter.dtype == torch.float32 for parameter in trunk.head.parameters())
@@ -151,7 +163,7 @@ def test_half_the_memory_travels_and_rests(file):
 
 class TestChanges:
     @torch.no_grad()
-    @pytest.mark.parametrize("choice", ["fp8_e4m3fn", "fp8_e4m3fn_tensor", "fp8_e4m3fn_cast"])
+    @pytest.mark.parametrize("choice", ["fp8_e4m3fn", "fp8_e4m3fn_tensor", "fp8_e4m3fn_cast", "int8"])
     def test_lora_and_dora(self, file, choice):
         """As on a plain model whose weights are what the rounded ones mean."""
         model = load_model(file, weight_dtype=choice, device=ELSEWHERE)

@@ -30,7 +30,7 @@ from .download import check_room
 from .identify import identify
 from .keymaps import is_marker
 from .mapped import type_name
-from .rounding import is_in, kept
+from .rounding import is_in, kept, rounded
 from .written import Piece, in_shards, shard_paths, write_shards
 
 # What the parts of a kind of file are made from; kinds without linear layers in blocks have none.
@@ -87,7 +87,7 @@ def convert(
     ]
     scaled = {name for name in names if name in narrow and storage.scales}
     metadata = {name: text for name, text in checkpoint.metadata.items() if name not in (NOTES, "format")}
-    if scaled:
+    if scaled and storage.dtype in FLOATS_OF_8_BITS:
         marker = torch.zeros(FULL_PRECISION, dtype=storage.dtype)
         pieces.append(Piece({MARKER: marker.to("meta")}, lambda: {MARKER: marker}))
         metadata |= _notes(scaled, storage)
@@ -118,35 +118,37 @@ def _readable(name: str, checkpoint: Checkpoint, storage: Storage, narrow: Colle
     if storage.scales and name in narrow and is_in(stored, storage.dtype):
         if isinstance(stored, Tensor):
             return Packed(tuple(stored.shape), {"weight": stored, "scale": torch.ones(())}, unpack_scaled)
-        if stored.parts["scale"].shape == _scale_shape(stored.shape, storage):
-            return stored
-    if isinstance(stored, Packed):
-        return stored.numbers(torch.bfloat16 if storage.dtype is None or storage.is_narrow else storage.dtype)
-    return stored
-
-
-def _scale_shape(shape: tuple[int, ...], storage: Storage) -> tuple[int, ...]:
-    return () if storage.scales == "tensor" else (shape[0], 1)
+        found, wanted = stored.parts["scale"], _rounded_outline(stored.shape, storage).parts["scale"]
+        if found.shape == wanted.shape:
+            return Packed(stored.shape, {**stored.parts, "scale": found.to(wanted.dtype)}, unpack_scaled)
+    return stored.numbers(_unpacked(storage)) if isinstance(stored, Packed) else stored
 
 
 def _outline(name: str, checkpoint: Checkpoint, storage: Storage, narrow: Collection[str]) -> dict[str, Tensor]:
     """What will be written for a name, on the meta device, without reading its numbers."""
     if is_marker(name):  # small, and of a vocabulary only its reading tells the size
         return {name: checkpoint.tensor(name).to("meta")}
-    shape, dtype = checkpoint.shapes[name], checkpoint.dtype(name)
+    shape = checkpoint.shapes[name]
     if storage.scales and name in narrow:
-        weight = torch.empty(shape, dtype=storage.dtype, device="meta")
-        return _tensors(name, Packed(shape, {"weight": weight, "scale": torch.empty(
-            _scale_shape(shape, storage), device="meta")}, unpack_scaled))  # fmt: skip
-    if isinstance(checkpoint.stored(name), Packed):
-        dtype = torch.bfloat16 if storage.dtype is None or storage.is_narrow else storage.dtype
+        return _tensors(name, _rounded_outline(shape, storage))
+    packed = isinstance(checkpoint.stored(name), Packed)
+    dtype = _unpacked(storage) if packed else checkpoint.dtype(name)
     return {name: kept(name, torch.empty(shape, dtype=dtype, device="meta"), storage, narrow)}
+
+
+def _rounded_outline(shape: tuple[int, ...], storage: Storage) -> Packed:
+    return rounded(torch.empty(shape, device="meta"), storage)
+
+
+def _unpacked(storage: Storage) -> torch.dtype:
+    """The type for what comes packed in a way that is not written."""
+    return torch.bfloat16 if storage.dtype is None or storage.is_narrow else storage.dtype
 
 
 def _tensors(name: str, result: Tensor | Packed) -> dict[str, Tensor]:
     if isinstance(result, Tensor):
         return {name: result}
-    weight, scale, layer = result.parts["weight"], result.parts["scale"].float(), name.removesuffix("weight")
+    weight, scale, layer = result.parts["weight"], result.parts["scale"], name.removesuffix("weight")
     named = {name: weight, f"{layer}scale_weight": scale}
     return named | ({f"{layer}weight_scale": scale} if weight.dtype == torch.float8_e5m2 and not scale.ndim else {})
 

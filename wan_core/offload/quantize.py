@@ -2,8 +2,9 @@
 
 An 8-bit float has three bits of mantissa (e4m3fn) or two (e5m2), and few exponents: cast as they are, small weights
 fall below the smallest normal number and lose what precision there is. A scale in front moves the largest weight to
-the largest number of the type. What matters more than its bytes (norms, biases, modulations, embeddings, the head)
-keeps its type.
+the largest number of the type. Integers have no exponent, and so seven bits for what a scale covers: with a scale for
+every few numbers they come several times closer. What matters more than its bytes (norms, biases, modulations,
+embeddings, the head) keeps its type. What each costs: benchmarks/results/rounding.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
+BLOCK = 32
 SMALLEST_SAMPLE = 64  # rows of a matrix that tell how well the others were rounded
 
 
@@ -23,8 +25,9 @@ class Storage:
     """How weights are kept.
 
     dtype   None: each as it is stored
-    scales  "row" or "tensor": what `matrices` names is divided by a scale a row, or by one, and rounded to `dtype`.
-            None: cast as it is. To 8-bit floats so is every other tensor, as other programs do it.
+    scales  "row", "tensor" or "block": what `matrices` names is divided by a scale a row, by one, or by one for every
+            BLOCK numbers of a row, and rounded to `dtype`. None: cast as it is. To 8-bit floats so is every other
+            tensor, as other programs do it.
     """
 
     dtype: torch.dtype | None = None
@@ -46,6 +49,7 @@ SCALES = {"": "row", "_tensor": "tensor", "_cast": None}  # the end of a name ->
 STORAGE = UNSCALED | {
     f"{name}{end}": Storage(dtype, scales) for end, scales in SCALES.items() for name, dtype in NARROW.items()
 }
+STORAGE["int8"] = Storage(torch.int8, "block")
 
 
 def storage(name: str) -> Storage:
@@ -63,14 +67,23 @@ def matrices(module: nn.Module) -> set[str]:
 
 
 def narrowed(weight: Tensor, dtype: torch.dtype, scales: str) -> dict[str, Tensor]:
-    """weight (rows, columns) -> itself in `dtype`, and its scale, () or (rows, 1) fp32, by which to multiply."""
-    numbers = weight.float()
-    low, high = torch.aminmax(numbers, dim=1, keepdim=True)
-    most = torch.maximum(-low, high)  # (rows, 1)
+    """weight (rows, columns) -> itself in `dtype`, and its scale, by which to multiply: () or (rows, 1) fp32, or
+    (rows, columns / BLOCK) bf16 (where that does not come out even, one a row)."""
+    columns = weight.shape[1]
+    block = BLOCK if scales == "block" and columns % BLOCK == 0 else columns
+    numbers = weight.float().unflatten(1, (-1, block))  # (rows, blocks, block)
+    low, high = torch.aminmax(numbers, dim=2, keepdim=True)
+    most = torch.maximum(-low, high)
     if scales == "tensor":
         most = most.amax()
-    scale = torch.where(most > 0, most / torch.finfo(dtype).max, 1.0)
-    return {"weight": (numbers / scale).to(dtype), "scale": scale}
+    largest = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = torch.where(most > 0, most / largest, 1.0)
+    if scales == "block":  # rounded first, so that it is exact; what then lies above the largest number is cut
+        scale = scale.to(torch.bfloat16)
+        numbers = (numbers / scale).round_().clamp_(-largest, largest)
+    else:
+        numbers = numbers / scale
+    return {"weight": numbers.to(dtype).flatten(1), "scale": scale if scales == "tensor" else scale.squeeze(2)}
 
 
 def relative_error(found: Tensor, meant: Tensor) -> float:
