@@ -21,6 +21,10 @@ NARROW_TOOLTIP = (
     "(the closest to bf16), fp8 with one a row (_tensor: one a matrix). _cast rounds everything without scales, as "
     "other programs do."
 )
+FILES_TOOLTIP = (
+    "Overrides the choice above. A path, several paths (one shard a line), a folder, "
+    "or model_id:pattern, which is downloaded from ModelScope when it is not on this machine."
+)
 
 
 def offered(kind: str, folder: str) -> list[str]:
