@@ -19,6 +19,7 @@ from comfyui_wanflow.nodes.host import host
 from comfyui_wanflow.wan_core.loading import load
 from comfyui_wanflow.wan_core.loading.lora_files import load_lora
 from comfyui_wanflow.wan_core.lora import fit
+from comfyui_wanflow.wan_core.offload.options import REST_ON
 from comfyui_wanflow.wan_core.training import framing, settings, trainee
 from comfyui_wanflow.wan_core.training.settings import Settings
 from safetensors import safe_open
@@ -60,7 +61,7 @@ class TestArguments:
 
     def test_choices_are_the_core_s(self):
         choices = {argument.name: argument.choices for argument in ARGUMENTS if argument.choices}
-        core = {**settings.CHOICES, "frame_sampling": framing.SAMPLINGS, "lora_kind": trainee.KINDS}
+        core = {**settings.CHOICES, "frame_sampling": framing.SAMPLINGS, "lora_kind": trainee.KINDS, "rest_on": REST_ON}
         assert choices == {name: tuple(known) for name, known in core.items()}
 
     def test_help_needs_no_torch(self):
@@ -200,6 +201,16 @@ class TestTraining:
         assert sorted(file.name for file in (out / "samples").iterdir()) == ["step-000001.mp4", "step-000002.mp4"]
         assert main(["validate", *mixed[1:], "--cfg_scale", "1"]) == 0, capsys.readouterr().err
         assert (out / "validation" / "epoch-0.mp4").is_file()
+
+    def test_a_model_by_its_name(self, command, tmp_path, capsys):
+        tiny = command()
+        del tiny[tiny.index("--model_paths") : tiny.index("--model_paths") + 2]
+        small = ["--lora_target_modules", "blocks.0.self_attn.q", "--max_train_steps", "1", "--num_frames", "1"]
+        dtype = ["--weight_dtype", "fp8_e4m3fn"]
+        assert main([*tiny, *small, *dtype, "--model", "WanTiny-T2V", "--lora_base_model", "dit"]) == 0
+        assert len(load_lora(tmp_path / "out" / "step-1.safetensors").changes) == 1
+        assert main([*tiny, "--model", "WanTiny", "--lora_base_model", "dit"]) == 1
+        assert "did you mean 'WanTiny-T2V'" in capsys.readouterr().err
 
     def test_whole_parts_are_loaded_as_published(self, command, tmp_path):
         vace = ["--trainable_models", "dit,vace", "--extra_inputs", "vace_video,vace_video_mask"]

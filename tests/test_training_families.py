@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import families
 import pytest
@@ -22,9 +23,11 @@ from comfyui_wanflow.wan_core.training.inputs import columns
 from comfyui_wanflow.wan_core.training.loop import Settings, train
 from comfyui_wanflow.wan_core.training.objective import Objective
 from comfyui_wanflow.wan_core.training.trainee import mixed, new_lora
+from safetensors.torch import load_file
 from toy_data import SIZE, write_data, write_encoders
 
 NODES = {node.GET_SCHEMA().node_id.removeprefix("WanFlow"): node for node in node_classes()}
+GOLDEN = Path(__file__).parent / "data" / "golden" / "scheduler.safetensors"
 FRAMES = 5
 LATENT = {"samples": torch.zeros(1, 16, 2, SIZE // 8, SIZE // 8)}
 # Case: the family, its extra inputs, and the nodes that give the sampler the same.
@@ -204,6 +207,22 @@ def test_it_learns(data, encoders, cache, tmp_path, case, way):
     before = sum(loss_of(trainee.model, example) for example in examples)
     train(trainee, examples, Settings(learning_rate=3e-3, num_epochs=6), tmp_path)
     assert sum(loss_of(trainee.model, example) for example in examples) < before
+
+
+def test_the_loss_is_the_reference_s(data, encoders, cache):
+    """The mean squared error against noise - clip, weighted as recorded from DiffSynth-Studio at this level."""
+    model, golden = families.model("T2V"), load_file(GOLDEN)
+    example = examples_of(data, encoders, cache, ())[0]
+    seen = []
+    hook = model.trunk.register_forward_hook(lambda module, given, answer: seen.append((given, answer)))
+    loss = loss_of(model, example)
+    hook.remove()
+    (x, timestep, *_), velocity = seen[0]
+    sigma = timestep / 1000
+    noise = (x - (1 - sigma) * example.latents) / sigma
+    (place,) = (golden["train_sigmas"] - sigma).abs().lt(1e-6).nonzero()
+    expected = (velocity - (noise - example.latents)).square().mean() * golden["train_weights"][place]
+    assert loss == pytest.approx(expected.item(), rel=1e-4) and noise.std() == pytest.approx(1, abs=0.1)
 
 
 def test_references_are_learned_as_frames(data, encoders, cache):

@@ -14,7 +14,9 @@ from ...wan_core.loading.checkpoint import open_checkpoint
 from ...wan_core.loading.download import fetch
 from ...wan_core.loading.identify import identify
 from ...wan_core.loading.sources import located
+from ...wan_core.offload.options import Offload
 from ..host.standalone import host
+from ..offload import GIB
 from .models import library_for, row_of
 
 NEEDED = {"dit": "diffusion model", "vae": "VAE", "text_encoder": "text encoder"}
@@ -31,7 +33,10 @@ def load_engines(options: argparse.Namespace, instead: Mapping[str, list[Path]] 
         "text_encoder": load.load_text_encoder,
         "image_encoder": load.load_image_encoder,
     }
-    extras = {"text_encoder": {"tokenizer": options.tokenizer_path}, "dit": {"weight_dtype": options.weight_dtype}}
+    extras = {
+        "text_encoder": {"tokenizer": options.tokenizer_path},
+        "dit": {"weight_dtype": options.weight_dtype, "offload": offload_of(options)},
+    }
     found = {**files_by_kind(options), **(instead or {})}
     wanted = [kind for kind in loaders if kind in found and (kind != "image_encoder" or options.extra_inputs)]
     engines = {
@@ -44,6 +49,13 @@ def load_engines(options: argparse.Namespace, instead: Mapping[str, list[Path]] 
         if kind in found:
             engines["dit"] = load.add_module(engines["dit"], found[kind])
     return engines
+
+
+def offload_of(options: argparse.Namespace) -> Offload | None:
+    """None where nothing was asked for: then weights of any type may rest in their file."""
+    if not options.vram_limit_gb and options.rest_on == "disk":
+        return None
+    return Offload(options.rest_on, vram_limit=int(options.vram_limit_gb * GIB) or None)
 
 
 def files_by_kind(options: argparse.Namespace) -> dict[str, list[Path]]:

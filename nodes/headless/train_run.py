@@ -14,6 +14,7 @@ from ...wan_core.model import WanModel
 from ...wan_core.training.dataset import Item
 from ...wan_core.training.examples import Encoders, Examples
 from ...wan_core.training.loop import train as run_loop
+from ...wan_core.training.memory import training_memory
 from ...wan_core.training.results import captioned, results
 from ...wan_core.training.settings import Settings
 from ...wan_core.training.team import Team, joined
@@ -47,15 +48,18 @@ def train(options: Namespace) -> list[Path]:
         data = prepared(options, watch, team)
         trainee = captioned(trainee_of(options, data.model), data.captions)
 
-        losses = run_loop(
-            trainee,
-            data.examples,
-            settings,
-            options.output_path,
-            watch.step if team.is_main else None,
-            data.held_out,
-            watch.sample if team.is_main and options.sample_steps else None,
-        )
+        memory = training_memory(trainee, data.examples.shapes, settings)
+        host.say(str(memory))
+        with host.attached(trainee.model, memory.room):
+            losses = run_loop(
+                trainee,
+                data.examples,
+                settings,
+                options.output_path,
+                watch.step if team.is_main else None,
+                data.held_out,
+                watch.sample if team.is_main and options.sample_steps else None,
+            )
         host.say(f"{len(losses)} steps are done; the last loss was {losses[-1]:.4f}.")
         return [file for _, file in results(options.output_path)] if team.is_main else []
 
