@@ -15,7 +15,8 @@ from .models.image_encoder import ImageEncoderLayout
 from .models.layers import Linear
 from .models.text_encoder import UMT5Layout
 
-DECODE_CHANNELS, ENCODE_CHANNELS = 50, 40  # full-size channels alive at once, in units of the network's width
+# Full-size channels alive at once, in units of the network's width: in a clip, and in a single picture.
+DECODE_CHANNELS, ENCODE_CHANNELS = (50, 4), (40, 4)
 VACE_CHANNELS = 96  # of its context: kept and changed latents, and the mask
 FULL = torch.float32.itemsize
 ROTATION = torch.complex64.itemsize  # of a pair of numbers of a head
@@ -75,14 +76,17 @@ def image_room(layout: ImageEncoderLayout, dtype: torch.dtype) -> int:
     return layout.positions * (3 * layout.dim + 2 * layout.mlp_dim) * dtype.itemsize
 
 
-def decoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes to decode a clip of any length, by a VAE of this width; picture: (height, width) in pixels, or a tile's."""
-    return DECODE_CHANNELS * width * picture[0] * picture[1] * dtype.itemsize
+def decoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype, single: bool = False) -> int:
+    """Bytes to decode a clip of any length, or a single picture, by a VAE of this width.
+
+    picture: (height, width) in pixels, or a tile's.
+    """
+    return DECODE_CHANNELS[single] * width * picture[0] * picture[1] * dtype.itemsize
 
 
-def encoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes to encode a clip of any length; arguments as for `decoding_room`."""
-    return ENCODE_CHANNELS * width * picture[0] * picture[1] * dtype.itemsize
+def encoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype, single: bool = False) -> int:
+    """Bytes to encode; arguments as for `decoding_room`."""
+    return ENCODE_CHANNELS[single] * width * picture[0] * picture[1] * dtype.itemsize
 
 
 def widened_room(module: nn.Module, dtype: torch.dtype) -> int:

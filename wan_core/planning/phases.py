@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -68,18 +69,21 @@ def image_phase(encoder: WanImageEncoder) -> Phase:
 def encoding_phase(vae: WanVAE, frames: int, height: int, width: int, free: int | None, **tiling) -> Phase:
     """A clip of this size, in pixels, where `free` bytes of the device are free (None: unknown). Tiling: the VAE's."""
     shape = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
-    room, share, detail = coding(vae, encoding_room, shape, free, tiling)
+    estimate = partial(encoding_room, single=frames == 1)
+    room, share, detail = coding(vae, estimate, shape, free, tiling)
     work = coding_work(width_of(vae), frames, height, width, VAE_ENCODE) * share
-    return Phase("VAE encoding", vae, room, 3 * frames * height * width * FLOAT, work=work, detail=detail)
+    kept = 3 * frames * height * width * FLOAT + reordered(vae, free)
+    return Phase("VAE encoding", vae, room, kept, work=work, detail=detail)
 
 
 def decoding_phase(vae: WanVAE, latent: Sequence[int], free: int | None, **tiling) -> Phase:
     """Latents (b, 16, T, h, w); the rest as for encoding."""
     rows, _, *size = latent
     frames, height, width = pixel_size(*size)
-    room, share, detail = coding(vae, decoding_room, tuple(size[1:]), free, tiling)
+    estimate = partial(decoding_room, single=frames == 1)
+    room, share, detail = coding(vae, estimate, tuple(size[1:]), free, tiling)
     work = coding_work(width_of(vae), rows * frames, height, width, VAE_DECODE) * share
-    kept = rows * 3 * frames * height * width * FLOAT
+    kept = rows * 3 * frames * height * width * FLOAT + reordered(vae, free)
     return Phase("VAE decoding", vae, room, kept, work=work, detail=detail)
 
 
@@ -101,6 +105,11 @@ def coding(vae: WanVAE, estimate: Callable, shape: Size, free: int | None, asked
     area = sum((tile.rows.end - tile.rows.begin) * (tile.columns.end - tile.columns.begin) for tile in found)
     height, width = (PIXELS_PER_LATENT * side for side in size)
     return room(size), area / (shape[0] * shape[1]), f"{len(found)} tiles of {width}x{height}"
+
+
+def reordered(vae: WanVAE, free: int | None) -> int:
+    """Bytes of main memory that the weights take in the order in which a processor convolves fastest."""
+    return vae.stored_bytes() if free is None else 0
 
 
 def width_of(vae: WanVAE) -> int:
