@@ -115,8 +115,10 @@ def size_on_disk(path: Path) -> int:
 
 
 def size_of_missing(source: Source, options: argparse.Namespace) -> str:
-    """In brackets, if it was asked for."""
-    return f" ({in_words(sum(file.size for file in remote_files(source)))})" if options.sizes else ""
+    """In brackets, if it was asked for and ModelScope may be."""
+    if not options.sizes or library_for("dit", options).offline:
+        return ""
+    return f" ({in_words(sum(file.size for file in remote_files(source)))})"
 
 
 def download_command(options: argparse.Namespace) -> int:
