@@ -26,6 +26,7 @@ FAMILIES = {
     "Camera": {"in_dim": 32, "image_tokens": True, "camera_channels": 24},
     "VACE": {},
     "speed": {},
+    "VACE and speed": {},
 }
 SIZE = (5, 6, 6)  # of latents: 45 tokens, which four processes cannot share evenly
 
@@ -38,9 +39,9 @@ def model(family):
     torch.manual_seed(0)
     layout = DiTLayout(DIM, 64, LAYERS, HEADS, text_dim=8, frequency_dim=16, **FAMILIES[family])
     parts = {}
-    if family == "VACE":
+    if "VACE" in family:
         parts["vace"] = VACE(VACELayout(DIM, 64, layers=1, heads=HEADS))
-    if family == "speed":
+    if "speed" in family:
         parts["motion_controller"] = MotionController(16, DIM)
     network = Network(DiT(layout), **parts)
     with torch.no_grad():
@@ -70,8 +71,8 @@ def vace(references=0, seed=20):
 
 CONDITIONS = {
     "start image": image(),
-    "end image": image(0, 1),
-    "start and end image": image(1, 1),
+    "end image": image(0, 1, seed=13),
+    "start and end image": image(1, 1, seed=16),
     "control video": ControlCondition(random(1, 16, *SIZE, seed=30)),
     "reference image": ReferenceCondition(random(1, 16, 1, *SIZE[1:], seed=31), random(1, 257, 1280, seed=32)),
     "camera": CameraCondition(trajectory("Left", 0.01, 4 * (SIZE[0] - 1) + 1)),

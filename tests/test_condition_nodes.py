@@ -10,6 +10,7 @@ from comfyui_wanflow.wan_core.adapters.camera import CameraCondition
 from comfyui_wanflow.wan_core.adapters.speed import SpeedCondition
 from comfyui_wanflow.wan_core.adapters.vace import VACECondition
 from comfyui_wanflow.wan_core.errors import InputError
+from comfyui_wanflow.wan_core.fit import FITS
 from comfyui_wanflow.wan_core.models.vae import VideoVAE, unnormalised
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_classes()}
@@ -113,6 +114,59 @@ def test_vace_shows_pictures_whole_on_white():
 def test_vace_says_what_is_hardly_meant(capsys, inputs, sentence):
     vace(**inputs)
     assert sentence in capsys.readouterr().err
+
+
+def test_vace_puts_what_was_cut_out_on_white(capsys):
+    cut_out = torch.zeros(1, 32, 48, 4)
+    cut_out[:, :16, :, 3] = 1  # the upper half is black, the lower one transparent
+    (condition,), _ = vace(reference_image=cut_out)
+    colours = unnormalised(condition.references)[0, 0, 0]
+    torch.testing.assert_close(colours, torch.tensor([-1.0, -1.0, 1.0, 1.0])[:, None].expand(-1, 6))
+    assert "reference_image: What is transparent was made white." in capsys.readouterr().err
+
+
+# What people connect, where 9 frames of 48x32 pixels are wanted: (frames, height, width, channels).
+SHAPES = {
+    "one picture": (1, 32, 48, 3), "transparent": (9, 32, 48, 4), "grey": (9, 32, 48, 1), "too many": (30, 32, 48, 3),
+    "two": (2, 20, 20, 3), "upright": (9, 90, 20, 4), "tiny": (3, 1, 1, 1), "flat": (9, 1, 400, 3),
+}  # fmt: skip
+TAKERS = {
+    "WanFlowImageToVideo": ("start_image", {}), "WanFlowControlVideo": ("control_video", {"extend": "loop"}),
+    "WanFlowReferenceImage": ("image", {}), "WanFlowVACE": ("video", {"strength": 1.0, "extend": "hold"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("node", TAKERS)
+def test_every_picture_is_fitted(node, fit, shape, capsys):
+    name, settings = TAKERS[node]
+    images = torch.rand(SHAPES[shape], generator=torch.Generator().manual_seed(0))
+    settings = {"vae": MeanVAE(), "latent": LATENT, "fit": fit, name: images} | settings
+    if node == "WanFlowVACE":
+        settings |= {"mask": images[..., 0], "reference_image": images, "mask_edges": "soft"}
+    if node == "WanFlowImageToVideo" and len(images) > 9:
+        with pytest.raises(InputError, match="30 [+] 0 frames, but the video only 9. Give fewer pictures"):
+            run(node, **settings)
+        return
+    (condition,) = run(node, **settings)[0]
+    for value in vars(condition).values():
+        if isinstance(value, torch.Tensor):
+            assert value.isfinite().all() and value.shape[-2:] == (4, 6)
+    said = capsys.readouterr().err
+    assert ("fitted to 48x32" in said) == (SHAPES[shape][1:3] != (32, 48))
+    if node in ("WanFlowControlVideo", "WanFlowVACE"):
+        assert ("to fill 9" in said or "the first 9 are used" in said) == (len(images) != 9)
+
+
+@pytest.mark.parametrize("node", TAKERS)
+def test_what_is_no_picture_is_refused(node):
+    name, settings = TAKERS[node]
+    settings = {"vae": MeanVAE(), "latent": LATENT, "fit": "cover", "mask_edges": "hard"} | settings
+    settings = {k: v for k, v in settings.items() if k != "mask_edges" or node == "WanFlowVACE"}
+    for shape in [(32, 48, 3), (9, 32, 48, 2), (0, 32, 48, 3), (1, 9, 32, 48, 3)]:
+        with pytest.raises(InputError, match="The images have the shape .*Connect an IMAGE output"):
+            run(node, **settings, **{name: torch.rand(shape)})
 
 
 def test_vace_refuses_what_is_no_picture():

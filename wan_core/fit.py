@@ -35,7 +35,7 @@ def fit_images(
 ) -> tuple[Tensor, str | None]:
     """Images (F, H, W, 1, 3 or 4) in 0..1 as (F, height, width, 3), and a sentence if their size changed.
 
-    Grey becomes RGB; transparency is left out.
+    Grey becomes RGB; behind what is transparent lies the background, a grey in 0..1.
     """
     if images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or 0 in images.shape:
         raise InputError(
@@ -44,9 +44,13 @@ def fit_images(
         )
     old_height, old_width = images.shape[1:3]
     changed = (old_width, old_height) != (width, height)
-    note = f"The images of {old_width}x{old_height} were fitted to {width}x{height} ({fit})." if changed else None
+    notes = [f"The images of {old_width}x{old_height} were fitted to {width}x{height} ({fit})."] if changed else []
     colours = images[..., :3].expand(-1, -1, -1, 3)
-    return fit_pictures(colours, width, height, fit, background), note
+    if images.shape[-1] == 4:
+        colours = torch.lerp(torch.full_like(colours, background), colours, images[..., 3:])
+        if (images[..., 3] < 1).any():
+            notes.append(f"What is transparent was made {'white' if background else 'black'}.")
+    return fit_pictures(colours, width, height, fit, background), " ".join(notes) or None
 
 
 def fit_pictures(images: Tensor, width: int, height: int, fit: str = "cover", background: float = 0.0) -> Tensor:
