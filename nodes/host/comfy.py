@@ -6,7 +6,7 @@ The same methods as `StandaloneHost`, which says what each promises.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from comfy_api.latest import ComfyExtension, io
 from ...wan_core.compute import device_memory
 from ...wan_core.errors import FileError, InputError
 from ...wan_core.model import Engine
+from ...wan_core.offload import recovery
+from ...wan_core.offload.residency import Residency
 from . import live
-from .patcher import patchers_of
+from .patcher import entries_of, patchers_of
 from .standalone import MODEL_ENDINGS, OutputFile, folder_below, folder_of_clips
 
 __all__ = ["ComfyExtension", "host", "io"]
@@ -164,5 +166,10 @@ class ComfyHost:
         with engine.attached() as module:
             yield module
 
+    def evict_others(self, weights: Sequence[Residency]) -> bool:
+        """Unload all models but these, other packs' too. False where there were none."""
+        return bool(comfy.model_management.free_memory(1e30, self.device(), entries_of(weights)))
+
 
 host = ComfyHost()
+recovery.OTHERS.append(host.evict_others)

@@ -7,9 +7,12 @@ are moved by their own `Residency`, so each gets a patcher around an empty modul
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
+import comfy.model_management
 import torch
+from comfy.model_management import LoadedModel
 from comfy.model_patcher import ModelPatcher
 
 from ...wan_core.model import Engine
@@ -76,6 +79,12 @@ class EnginePatcher(ModelPatcher):
 
 
 _patchers: weakref.WeakKeyDictionary[Residency, EnginePatcher] = weakref.WeakKeyDictionary()
+
+
+def entries_of(weights: Iterable[Residency]) -> list[LoadedModel]:
+    """The manager's entries of these weights."""
+    patchers = [_patchers[one] for one in weights if one in _patchers]
+    return [entry for entry in comfy.model_management.current_loaded_models if entry.model in patchers]
 
 
 def patchers_of(engine: Engine) -> list[EnginePatcher]:

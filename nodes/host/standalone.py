@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -229,17 +229,23 @@ class StandaloneHost:
     def make_room(self, engine: Any, memory_required: int) -> None:
         """Drop the copies of other engines' weights where they are in the way, and limit this one's."""
         from ...wan_core.compute import device_memory
+        from ...wan_core.offload import recovery
         from ...wan_core.offload.options import Offload
 
+        if self.evict_others not in recovery.OTHERS:
+            recovery.OTHERS.append(self.evict_others)
         memory = device_memory(self.device())
         if memory is None:
             return
         options = engine.offload or Offload()
         if options.budget(memory_required, engine.resident_bytes(), memory) < engine.total_bytes():
-            for weights in set(self.used) - set(engine.weights):
-                weights.release()
+            self.evict_others(engine.weights)
         engine.limit(options, memory_required, device_memory(self.device()))
         self.used.update(engine.weights)
+
+    def evict_others(self, weights: Sequence[Any]) -> bool:
+        """Drop the copies of all weights but these. False where there were none."""
+        return sum(other.release() for other in set(self.used) - set(weights)) > 0
 
 
 def folder_of_clips(name: str, inputs: Path) -> Path:

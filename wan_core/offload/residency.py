@@ -56,15 +56,13 @@ class Residency:
         """Bytes that a run takes on the device beside the resident copies, where not all are resident."""
         return passing(*self.sizes())
 
-    def plan_parameters(self, count: int) -> Plan:
-        """What stays and what travels where units of at most `count` parameters in all may stay."""
+    def plan_parameters(self, count: int | None) -> Plan:
+        """What stays and what travels where units of at most `count` parameters in all may stay; None: all may."""
         sizes, blocks = self.sizes()
+        if count is None:
+            return staying(sizes, blocks, range(len(sizes)))
         counts = [unit.parameter_count for unit in self._units]
         return staying(sizes, blocks, residents(counts, count, blocks))
-
-    def parameter_count(self, planned: Plan) -> int:
-        """Of what stays."""
-        return sum(self._units[number].parameter_count for number in planned.resident)
 
     def limit_to(self, planned: Plan) -> None:
         """From now on let no more stay than is planned."""
