@@ -16,6 +16,7 @@ from ..wan_core.training.flow import WEIGHTINGS
 from ..wan_core.training.logs import read_losses
 from ..wan_core.training.loop import Settings, train
 from ..wan_core.training.loss_chart import loss_chart
+from ..wan_core.training.memory import training_memory
 from ..wan_core.training.optimizers import OPTIMIZERS
 from ..wan_core.training.rates import SCHEDULES
 from ..wan_core.training.results import captioned, results
@@ -230,8 +231,10 @@ class Train(io.ComfyNode):
         if sample_every:
             sample = sample_like(examples[0], model, text_encoder, sample_prompt, train_seed)
             watch.show_samples(sample, vae, sample_every)
+        room = training_memory(trainee, examples.shapes, settings)
+        host.say(str(room))
         try:
-            with host.attached(trainee.model):
+            with host.attached(trainee.model, room.room):
                 train(trainee, examples, settings, place, watch.step, unseen, watch.sample if sample_every else None)
         except Finished:
             host.say("The training was finished early, as asked. Queued with more epochs or steps, it goes on.")

@@ -21,21 +21,27 @@ from ..errors import InputError
 class Kind:
     """Where an optimizer is, what to install for it, and what it is given beside rate and decay.
 
-    takes_parts: it steps each number by itself, so that each process may hold some of them.
+    state_bytes: what it keeps of each number, at most. takes_parts: it steps each number by itself, so that each
+    process may hold some of them.
     """
 
     module: str
     name: str
     package: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
+    state_bytes: int = 8
     takes_parts: bool = False
 
 
 OPTIMIZERS = {
     "adamw": Kind("torch.optim", "AdamW", options={"betas": (0.9, 0.999)}, takes_parts=True),
-    "adamw8bit": Kind("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", {"betas": (0.9, 0.999)}),
-    "adafactor": Kind("transformers", "Adafactor", "transformers", {"scale_parameter": False, "relative_step": False}),
-    "prodigy": Kind("prodigyopt", "Prodigy", "prodigyopt", {"safeguard_warmup": True, "use_bias_correction": True}),
+    "adamw8bit": Kind("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", {"betas": (0.9, 0.999)}, state_bytes=3),
+    "adafactor": Kind(
+        "transformers", "Adafactor", "transformers", {"scale_parameter": False, "relative_step": False}, state_bytes=1
+    ),
+    "prodigy": Kind(
+        "prodigyopt", "Prodigy", "prodigyopt", {"safeguard_warmup": True, "use_bias_correction": True}, state_bytes=16
+    ),
     "schedule_free": Kind("schedulefree", "AdamWScheduleFree", "schedulefree", takes_parts=True),
     "muon": Kind(f"{__package__}.muon", "Muon"),
 }
