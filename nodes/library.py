@@ -7,13 +7,18 @@ from pathlib import Path
 
 from ..wan_core.loading.download import PLAIN, Library
 from .host import host, io
+from .host.standalone import MODEL_FOLDERS
 from .wires import WanLibrary
 
 
 def library_of(folder: str, choices: Library | None = None) -> Library:
-    """The host's folders for a kind of model, as the user of Wan Model Library wants them used."""
+    """The host's folders, that for a kind of model first, as the user of Wan Model Library wants them used.
+
+    All are searched: whole repositories lie wherever people have room.
+    """
     choices = choices or replace(PLAIN, local_model_path=host.models_dir)
-    return replace(choices, folders=tuple(host.model_folders(folder)), say=host.say, progress=download_progress)
+    folders = dict.fromkeys(path for kind in (folder, *MODEL_FOLDERS) for path in host.model_folders(kind))
+    return replace(choices, folders=tuple(folders), say=host.say, progress=download_progress)
 
 
 def download_progress(megabytes: int):

@@ -284,6 +284,17 @@ class TestLibrary:
             shutil.rmtree(tmp_path / "library")
         assert online.listings == []
 
+    def test_every_model_folder_is_searched(self, tmp_path, online):
+        home = tmp_path / "models/diffusion_models/Wan-AI/Wan2.1-T2V-1.3B"
+        home.mkdir(parents=True)
+        (home / self.VAE).write_bytes(b"x")
+        assert fetch(Source("Wan-AI/Wan2.1-T2V-1.3B", self.VAE), library_of("vae")) == [home / self.VAE]
+        (tmp_path / "models/vae").mkdir()
+        (tmp_path / "models/vae" / self.VAE).write_bytes(b"x")  # its own folder comes first
+        found = fetch(Source("Wan-AI/Wan2.1-T2V-1.3B", self.VAE), library_of("vae"))
+        assert found == [tmp_path / "models/vae" / self.VAE]
+        assert online.listings == []
+
     def test_common_files_are_redirected(self, common, online):
         told = Told()
         source = Source("PAI/Wan2.1-Fun-14B-InP", self.VAE)
