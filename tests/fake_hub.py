@@ -10,8 +10,12 @@ from urllib.parse import parse_qs, urlparse
 
 
 class Hub:
-    """`files` maps model id -> path -> content. `faults` are used up, one by each request for a file: an int sends so
-    many bytes and then hangs up, "500" and the like answer with this status, "ranges" ignores the wish for a part."""
+    """`files` maps model id -> path -> content.
+
+    `faults` are used up, one by each request for a file: an int sends so many bytes and then hangs up, "500" and the
+    like answer with this status, "ranges" ignores the wish for a part, "moved" sends the asker elsewhere, as ModelScope
+    does for large files.
+    """
 
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = {}
@@ -55,6 +59,8 @@ def handler(hub: Hub) -> type:
             wished = self.headers.get("Range", "")
             hub.asked.append((path, wished))
             fault = hub.faults.pop(0) if hub.faults else None
+            if fault == "moved":
+                return self.answer(302, b"", location=f"{self.path}&signature=1")
             if isinstance(fault, str) and fault.isdigit():
                 return self.answer(int(fault), b"")
             begin = int(wished.removeprefix("bytes=").removesuffix("-") or 0) if fault != "ranges" else 0
@@ -62,8 +68,10 @@ def handler(hub: Hub) -> type:
                 return self.answer(416, b"")
             self.answer(206 if begin else 200, content[begin:], fault if isinstance(fault, int) else None)
 
-        def answer(self, status: int, content: bytes, sent: int | None = None):
+        def answer(self, status: int, content: bytes, sent: int | None = None, location: str = ""):
             self.send_response(status)
+            if location:
+                self.send_header("Location", location)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content[:sent])

@@ -114,6 +114,12 @@ class TestBrokenConnections:
         fetch(MODEL)
         assert (PLACE / NAME).read_bytes() == CONTENT
 
+    def test_a_server_that_sends_elsewhere(self, online):
+        online.faults = ["moved", 300_000, "moved"]
+        fetch(MODEL)
+        assert (PLACE / NAME).read_bytes() == CONTENT
+        assert [wished for _, wished in online.asked] == ["", "", "bytes=300000-", "bytes=300000-"]
+
     def test_a_server_without_ranges(self, online):
         online.faults = [300_000, "ranges"]
         fetch(MODEL)
