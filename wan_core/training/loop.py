@@ -154,21 +154,24 @@ class Training:
             return epoch_ends or step == self.total or (every is not None and step % every == 0)
 
         if held_out and due(self.settings.validation_steps):
-            with self.at_rest():
-                losses = validation_losses(self.objective, held_out)
-            if self.log:
-                self.log.validation(step, losses)
+            self.outside(partial(self.validate, held_out))
         if due(self.settings.sample_steps):
             self.outside(on_sample and partial(self.show, on_sample))
         if due(self.settings.save_steps):
             self.save(f"epoch-{step // self.steps_an_epoch - 1}" if epoch_ends else f"step-{step}")
+
+    def validate(self, held_out: Sequence[Example]) -> None:
+        with self.at_rest():
+            losses = validation_losses(self.objective, held_out)
+        if self.log:
+            self.log.validation(self.progress.step, losses)
 
     def show(self, on_sample: OnSample) -> None:
         with self.at_rest(), torch.no_grad():
             on_sample(self.trainee.model, self.progress.step)
 
     def outside(self, call: Callable[[], None] | None) -> None:
-        """Call what is not ours. Where that fails, in any process, all save, as they may have to do it together."""
+        """Call what no step depends on. Where it fails, in any process, all save: they may have to do it together."""
         failure = None
         try:
             if call is not None:
@@ -189,6 +192,9 @@ class Training:
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """Settled inside the `with`; afterwards the training can go on."""
+        if not (self.average or hasattr(self.optimizer, "eval")):
+            yield
+            return
         own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.settle()
         try:
