@@ -30,7 +30,8 @@ class OffloadOptions(io.ComfyNode):
                     "rest_dtype",
                     options=list(REST_DTYPES),
                     default="auto",
-                    tooltip="The type they are kept in there. auto: as weight_dtype says. Others need rest_on cpu.",
+                    tooltip="The type they are kept in there (see Load Wan Model). auto: as weight_dtype says. Another "
+                    "type than the file's means, on disk, a second file, which is written once.",
                 ),
                 io.Float.Input(
                     "vram_limit_gb",

@@ -8,24 +8,28 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from comfyui_wanflow.nodes.headless import cli
 from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.loading import download
 from comfyui_wanflow.wan_core.loading.checkpoint import open_checkpoint
 from comfyui_wanflow.wan_core.loading.convert import convert
-from comfyui_wanflow.wan_core.loading.load import load_model
+from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder
+from comfyui_wanflow.wan_core.loading.outline import open_outline
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
 from comfyui_wanflow.wan_core.models.packed import Packed, PackedLinear
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
+from comfyui_wanflow.wan_core.offload.options import Offload
 from comfyui_wanflow.wan_core.offload.quantize import STORAGE, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -213,13 +217,81 @@ class TestWhatCannotBeDone:
         assert [path.name for path in file.parent.iterdir()] == [file.name]
 
     def test_interrupted_it_leaves_nothing(self, file):
-        def stop(done, count):
-            if done == 30:
+        def stop(done, total):
+            if done > total / 2:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            converted(file, "bf16", on_weight=stop)
+            converted(file, "fp32", on_written=stop)
         assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+class TestRestingOnDisk:
+    """Weights that rest on disk in another type lie in a second file, written once."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache/wanflow/weights"
+
+    def load(self, file, said, **options):
+        library = replace(download.PLAIN, say=said.append)
+        return load_model(file, device="cpu", library=library, offload=Offload("disk", **options))
+
+    @pytest.mark.parametrize("choice", ["int8", "fp8_e4m3fn", "fp16", "fp8_e4m3fn_cast"])
+    def test_as_converted_in_memory(self, file, cache, choice):
+        said = []
+        model = self.load(file, said, rest_dtype=choice)
+        meant = load_model(file, weight_dtype=choice, device="cpu").trunk.state_dict()
+        found = model.trunk.state_dict()
+        assert found.keys() == meant.keys()
+        assert all(torch.equal(found[name].float(), meant[name].float()) for name in meant)
+        (written,) = cache.iterdir()
+        assert model.name == "in" and written.name.startswith(f"in-{choice}-")
+        assert len(said) == 1 and str(written) in said[0] and "With rest_on cpu nothing is written." in said[0]
+        before = written.stat()
+        again = self.load(file, said, rest_dtype=choice).trunk.state_dict()
+        assert all(torch.equal(again[name].float(), meant[name].float()) for name in meant)
+        assert written.stat() == before and len(said) == 1
+
+    def test_the_loader_s_wish_counts_too(self, file, cache):
+        library = download.PLAIN
+        model = load_model(file, weight_dtype="int8", device="cpu", library=library, offload=Offload())
+        assert model.trunk.blocks[0].ffn[0].weight.dtype == torch.int8 and len(list(cache.iterdir())) == 1
+
+    def test_another_file_of_the_same_name_is_another(self, file, weights, cache):
+        self.load(file, [], rest_dtype="int8")
+        save_file({name: tensor * 2 for name, tensor in weights.items()}, file)
+        found = self.load(file, [], rest_dtype="int8").trunk.blocks[0].ffn[0].numbers(torch.float32)
+        assert relative_error(found, weights[f"{LAYER}.weight"].float() * 2) < 0.01
+        assert len(list(cache.iterdir())) == 2
+
+    @pytest.mark.parametrize("choice", ["auto", "bf16", "fp8_e5m2"])
+    def test_nothing_is_written_without_need(self, file, weights, cache, choice, tmp_path):
+        if choice == "fp8_e5m2":
+            file = converted(file, "fp8_e5m2_tensor").files[0]
+        said = []
+        self.load(file, said, rest_dtype=choice)
+        assert not cache.exists() and not said
+
+    def test_a_full_disk(self, file, cache, monkeypatch):
+        usage = namedtuple("usage", "total used free")(1e9, 1e9, 1e5)
+        monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(FileError, match="100 kB left"):
+            self.load(file, [], rest_dtype="int8")
+        self.load(file, [], rest_dtype="bf16")
+
+    def test_a_plan_writes_nothing(self, file, cache):
+        model = load_model(open_outline(file, "dit"), device="cpu", offload=Offload("disk", "int8"))
+        assert model.trunk.blocks[0].ffn[0].weight.dtype == torch.int8 and not cache.exists()
+
+    def test_a_text_encoder_keeps_its_tokenizer(self, tmp_path, cache):
+        save_file(numbers(UMT5Encoder(UMT5Layout(9, 32, 16, 16, 2, 2))), tmp_path / "a.safetensors")
+        vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 3, "<unk>": 2}, unk_token="<unk>"))
+        vocabulary.save(str(tmp_path / "tokenizer.json"))
+        encoder = load_text_encoder(tmp_path / "a.safetensors", device="cpu", offload=Offload("disk", "int8"))
+        assert encoder.module.blocks[0].ffn.fc1.weight.dtype == torch.int8
+        assert encoder.encode(["a"])[0].isfinite().all()
 
 
 def test_one_tensor_at_a_time(file, monkeypatch):

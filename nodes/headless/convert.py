@@ -58,13 +58,13 @@ def convert(options: argparse.Namespace) -> list[Path]:
     end = ENDS[options.scaling or "tensor"] if options.dtype in NARROW else ""
     library = library_for(options.kind, options)
     checkpoint = open_checkpoint(resolve(source(options.input), options.kind, library), options.kind)
-    progress = cache(lambda count: host.progress(count, None))
+    progress = cache(lambda megabytes: host.progress(megabytes, unit="MB"))
     written = write(
         checkpoint,
         STORAGE[options.dtype + end],
         options.output,
         None if options.shard_size is None else int(options.shard_size * 1e9),
-        lambda done, count: progress(count).update(done),
+        lambda done, total: progress(total).update(done),
     )
     if written.errors:
         mean, worst = sum(written.errors.values()) / len(written.errors), max(written.errors, key=written.errors.get)

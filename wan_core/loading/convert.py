@@ -44,6 +44,7 @@ NETWORKS = {
 }
 MARKER = "scaled_fp8"
 NOTES = "_quantization_metadata"  # metadata of ComfyUI since 2025-11
+MEGABYTE = 10**6
 FULL_PRECISION = 2  # numbers in the marker: "do not multiply in fp8", for which these files have no input scales
 
 
@@ -61,30 +62,31 @@ def convert(
     storage: Storage,
     target: Path,
     largest: int | None = None,
-    on_weight: Callable[[int, int], None] = lambda done, count: None,
+    on_written: Callable[[int, int], None] = lambda done, total: None,
 ) -> Written:
     """Write `checkpoint` to `target`, in parts of at most `largest` bytes; one tensor at a time is in memory.
 
-    on_weight(done, count) hears of the progress. Raises FileError for what is no model, does not fit on the disk or
-    would overwrite something, InputError for a type that this kind of model or the numbers do not allow.
+    on_written(done, total) hears of the progress, in megabytes. Raises FileError for what is no model, does not fit on
+    the disk or would overwrite something, InputError for a type that this kind of model or the numbers do not allow.
     """
     narrow = _narrow_names(checkpoint, storage)
     errors: dict[str, float] = {}
     names = [name for name in checkpoint.shapes if name != MARKER]
-    count = len(names)
+    done = total = 0
 
-    def make(number: int, name: str) -> dict[str, Tensor]:
-        on_weight(number, count)
+    def make(name: str, outline: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        nonlocal done
         source = _readable(name, checkpoint, storage, narrow)
         result = kept(name, source, storage, narrow)
         if (error := _error(name, source, result)) is not None:
             errors[name] = error
+        done += sum(tensor.nbytes for tensor in outline.values())
+        on_written(done // MEGABYTE, total // MEGABYTE)
         return _tensors(name, result)
 
-    pieces = [
-        Piece(_outline(name, checkpoint, storage, narrow), partial(make, number, name))
-        for number, name in enumerate(names, 1)
-    ]
+    outlines = {name: _outline(name, checkpoint, storage, narrow) for name in names}
+    pieces = [Piece(outline, partial(make, name, outline)) for name, outline in outlines.items()]
+    total = sum(piece.bytes for piece in pieces)
     scaled = {name for name in names if name in narrow and storage.scales}
     metadata = {name: text for name, text in checkpoint.metadata.items() if name not in (NOTES, "format")}
     if scaled and storage.dtype in FLOATS_OF_8_BITS:
@@ -92,9 +94,26 @@ def convert(
         pieces.append(Piece({MARKER: marker.to("meta")}, lambda: {MARKER: marker}))
         metadata |= _notes(scaled, storage)
     shards = in_shards(pieces, largest)
-    _check_target(target, len(shards), sum(piece.bytes for piece in pieces))
+    _check_target(target, len(shards), total)
     files = write_shards(target, shards, metadata)
     return Written(files, sum(file.stat().st_size for file in files), errors)
+
+
+def changes(checkpoint: Checkpoint, storage: Storage) -> bool:
+    """Whether anything would not be kept as it is stored."""
+    narrow = _narrow_names(checkpoint, storage)
+    for name, shape in checkpoint.shapes.items():
+        if is_marker(name):
+            continue
+        stored = checkpoint.stored(name)
+        if storage.scales:
+            if name in narrow and not is_in(stored, storage.dtype):
+                return True
+        elif isinstance(stored, Packed):
+            return True
+        elif kept(name, torch.empty(shape, dtype=stored.dtype, device="meta"), storage, narrow).dtype != stored.dtype:
+            return True
+    return False
 
 
 def _narrow_names(checkpoint: Checkpoint, storage: Storage) -> set[str]:

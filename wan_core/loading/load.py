@@ -34,6 +34,7 @@ from .download import PLAIN, Library
 from .identify import expect, identify
 from .keymaps import UMT5_DECODER, is_marker
 from .outline import Outline
+from .resting import on_disk
 from .rounding import kept
 from .sources import resolve, tokenizer_folder
 
@@ -62,8 +63,7 @@ def load_model(
     Raises FileError or InputError in words for everything that can be wrong.
     """
     backend = check_backend(attention)
-    weight_dtype = offload.weight_dtype(weight_dtype) if offload else weight_dtype
-    checkpoint = _open(source, "dit", library)
+    checkpoint, weight_dtype = _at_rest(_open(source, "dit", library), weight_dtype, offload, library)
     layout = DiTLayout.from_shapes(checkpoint.shapes)
     trunk = build(lambda: DiT(layout), checkpoint.part(lambda name: not name.startswith(VACE_PREFIX)), weight_dtype)
     vace = _vace(checkpoint, weight_dtype)
@@ -118,8 +118,7 @@ def load_text_encoder(
 
     tokenizer: a folder, or "model_id:pattern"; "" is the one in the encoder's file, beside it, or published with it.
     """
-    weight_dtype = offload.weight_dtype(weight_dtype) if offload else weight_dtype
-    checkpoint = _open(source, "text_encoder", library)
+    checkpoint, weight_dtype = _at_rest(_open(source, "text_encoder", library), weight_dtype, offload, library)
     if isinstance(checkpoint, Outline):
         words = None  # nothing will be read with it
     elif EMBEDDED_TOKENIZER in checkpoint.shapes and not tokenizer:
@@ -192,6 +191,22 @@ def _open(source: Source, kind: str, library: Library) -> Checkpoint:
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source, kind, library), kind)
     expect(identify(checkpoint.shapes), kind, checkpoint.description)
     return checkpoint
+
+
+def _at_rest(
+    checkpoint: Checkpoint, weight_dtype: str, offload: Offload | None, library: Library
+) -> tuple[Checkpoint, str]:
+    """The checkpoint to load, and the type that loading shall convert its weights to.
+
+    Weights that rest on disk are converted there; of an outline nothing is written.
+    """
+    if offload is None:
+        return checkpoint, weight_dtype
+    wanted = offload.weight_dtype(weight_dtype)
+    storage(wanted)
+    if offload.rest_on != "disk" or wanted == "auto" or isinstance(checkpoint, Outline):
+        return checkpoint, wanted
+    return on_disk(checkpoint, wanted, library), "auto"
 
 
 def _engine(

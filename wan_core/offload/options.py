@@ -17,7 +17,8 @@ class Offload:
     """Raises InputError for a choice that there is not.
 
     rest_on      where weights wait that are not on the compute device (see Residency)
-    rest_dtype   the type they have there; "auto" leaves it to the loader
+    rest_dtype   the type they have there; "auto" leaves it to the loader. On disk another type than the file's means a
+                 second file, which the loader writes once
     vram_limit   how much of the device may be in use, by all programs together; None: all of it
     vram_buffer  how much of that is left free
     persistent   how many parameters stay on the device, in place of the limit
@@ -35,17 +36,8 @@ class Offload:
                 raise InputError(f"{name} is '{value}'. Choose one of {', '.join(known)}.")
 
     def weight_dtype(self, wanted: str) -> str:
-        """The type to load weights in, where the loader was asked for `wanted`.
-
-        Raises InputError where they shall rest in their file in another type than the file's.
-        """
-        dtype = wanted if self.rest_dtype == "auto" else self.rest_dtype
-        if self.rest_on == "disk" and dtype != "auto":
-            raise InputError(
-                f"Weights that rest on disk keep their file's type, but {dtype} was asked for. Set rest_dtype and "
-                "weight_dtype to auto, or rest_on to cpu."
-            )
-        return dtype
+        """The type to load weights in, where the loader was asked for `wanted`."""
+        return wanted if self.rest_dtype == "auto" else self.rest_dtype
 
     def budget(self, room: int, held: int, memory: tuple[int, int] | None) -> int | None:
         """Bytes that the weights may take on the device, those in passing included; None: any number.
