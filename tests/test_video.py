@@ -6,6 +6,7 @@ import subprocess
 import imageio_ffmpeg
 import pytest
 import torch
+from comfyui_wanflow.wan_core import video
 from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.fit import fit_clip, fit_pictures
 from comfyui_wanflow.wan_core.video import parse_size, read_graphs, read_video, save_video
@@ -220,3 +221,15 @@ def test_fit_clip_says_what_it_did():
     assert fit_clip(torch.rand(1, 16, 16, 4), 16, 16, 1)[0].shape[-1] == 3
     with pytest.raises(InputError, match="IMAGE"):
         fit_clip(torch.rand(16, 16, 3), 16, 16, 1)
+
+
+@pytest.mark.parametrize("rate, own", [(16, 25), (24000 / 1001, 30), (16, 16)])
+def test_a_piece_far_into_a_file_is_the_same(tmp_path, monkeypatch, rate, own):
+    """It is jumped to, in place of decoding all that is before; key frames lie where the encoder put them."""
+    grey = (torch.arange(16 * own) * 37 % 101 / 100).view(-1, 1, 1, 1).expand(-1, 16, 16, 3)
+    save_video(grey, tmp_path / "long.mp4", own, quality=10)
+    start = int(13 * rate)
+    jumped, _ = read_video(tmp_path / "long.mp4", rate, 20, start=start)
+    monkeypatch.setattr(video, "FAR", 1000)
+    counted, _ = read_video(tmp_path / "long.mp4", rate, 20, start=start)
+    assert torch.equal(jumped, counted) and len(jumped) == 20

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -31,6 +32,7 @@ from .saving import write_whole
 FORMATS = ("mp4", "webm", "webp", "png")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".wmv", ".flv", ".gif", ".webp")
 PICTURE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")  # what Pillow reads, moving or not
+FAR, RUN_UP = 10, 2  # seconds: from where on a file is not read from its beginning, and how much earlier then
 EXIF_PROMPT, EXIF_FIRST_OTHER = 0x0110, 0x010F  # ComfyUI counts down from the second for `workflow` and the like
 
 
@@ -91,18 +93,26 @@ def video_facts(path: Path, frame_rate: float = 0, most: int = 0) -> tuple[int, 
         raise FileError(f"{path} could not be read as a video. It may be damaged, or not a video at all.") from error
 
 
-def _filters(frame_rate: float, start: int = 0) -> list[str]:
-    """ffmpeg's options for a rate, and for the frames of that rate from `start` on."""
-    filters = [f"fps={Fraction(frame_rate).limit_denominator(1001)}"] if frame_rate else []
-    filters += [f"trim=start_frame={start}", "setpts=PTS-STARTPTS"] if start else []
+def _filters(frame_rate: float, trim: str = "") -> list[str]:
+    """ffmpeg's options for a rate, and for a part of what has that rate."""
+    filters = [f"fps={_fraction(frame_rate)}"] if frame_rate else []
+    filters += [f"trim=start{trim}", "setpts=PTS-STARTPTS"] if trim else []
     return ["-vf", ",".join(filters)] if filters else []
 
 
+def _fraction(frame_rate: float) -> Fraction:
+    return Fraction(frame_rate).limit_denominator(1001)
+
+
 def _read_with_ffmpeg(path: Path, frame_rate: float, num_frames: int, size, start) -> tuple[list[Tensor], float]:
-    options = _filters(frame_rate, start)
+    seek, options = [], _filters(frame_rate, f"_frame={start}" if start else "")
+    if frame_rate and start / frame_rate > FAR:  # jump there, and count from a little earlier: frames stay the same
+        skipped = start - math.ceil(RUN_UP * frame_rate)
+        seek = ["-ss", f"{float(skipped / _fraction(frame_rate)):.6f}"]
+        options = _filters(frame_rate, f"={float((start - skipped - Fraction(1, 2)) / _fraction(frame_rate)):.6f}")
     if num_frames:
         options += ["-frames:v", str(num_frames)]
-    reader = imageio_ffmpeg.read_frames(path, output_params=options)
+    reader = imageio_ffmpeg.read_frames(path, input_params=seek, output_params=options)
     facts = next(reader)
     width, height = facts["size"]
     pictures = (np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader)
