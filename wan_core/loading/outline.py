@@ -6,6 +6,7 @@ of it, so that one can ask before downloading.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from functools import partial
@@ -55,17 +56,22 @@ def open_outline(source: str | os.PathLike | Iterable, kind: str, library: Libra
     row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
     published = catalog.source_of(row.name, kind) if row else None
     if published and published.model_id and not find(published, library):
-        network, dtype = published_network(row, kind)
-        entries = {name: _entry(tuple(x.shape), dtype) for name, x in network.state_dict().items()}
-        outline = Outline(entries, {}, [Path(published.pattern)])
-        size = sum(entry.dtype.itemsize * torch.Size(entry.shape).numel() for entry in entries.values())
-        outline.bytes, outline.missing = size + (TEXT_TOWER if kind == "image_encoder" else 0), True
-        return outline
+        return published_outline(row, kind)
     checkpoint = open_checkpoint(resolve(source, kind, library), kind)
     outline = Outline.__new__(Outline)
     vars(outline).update(vars(checkpoint))
     outline._entries = {name: _without_numbers(entry) for name, entry in checkpoint._entries.items()}
     outline.bytes, outline.missing = sum(file.stat().st_size for file in checkpoint.files), False
+    return outline
+
+
+def published_outline(row: Row, kind: str) -> Outline:
+    """Of a catalogued model's files, whether they are on this machine or not."""
+    network, dtype = published_network(row, kind)
+    entries = {name: _entry(tuple(x.shape), dtype) for name, x in network.state_dict().items()}
+    outline = Outline(entries, {}, [Path(row.files[kind].pattern)])
+    size = sum(entry.dtype.itemsize * math.prod(entry.shape) for entry in entries.values())
+    outline.bytes, outline.missing = size + (TEXT_TOWER if kind == "image_encoder" else 0), True
     return outline
 
 
