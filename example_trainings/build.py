@@ -73,7 +73,7 @@ def config(row: Row, way: str) -> Config:
         "use_gradient_checkpointing_offload": "vace" in row.adapters or size[0] == 720,
         "output_path": f"models/train/{row.name}_{way}",
     }
-    return {"data": data, "model": model, "training": training, "validation": validation(row)}
+    return {"data": data, "models": model, "training": training, "validation": validation(row)}
 
 
 def num_frames(row: Row, way: str) -> int:

@@ -92,7 +92,7 @@ class TestConfig:
     def test_the_command_line_goes_before(self, tmp_path):
         config = self.write(tmp_path, """
             seed = 3
-            [anything]
+            [model]
             dataset_base_path = "clips"
             data_file_keys = ["video", "control_video"]
             model_paths = ["a.safetensors", ["b-1.safetensors", "b-2.safetensors"]]

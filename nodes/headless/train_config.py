@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...wan_core.errors import FileError, InputError
-from .train_arguments import ARGUMENTS, BY_NAME, READ_JSON, REQUIRED, Argument
+from .train_arguments import ARGUMENTS, BY_NAME, READ_JSON, REQUIRED, Argument, table
 from .validate import nearest
 
 SHIPPED = Path(__file__).resolve().parents[2] / "example_trainings"
@@ -53,7 +53,7 @@ def checked(values: Mapping[str, Any], file: Path) -> Iterator[tuple[str, Any]]:
 def flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Without the tables that only bring order into a file; their names are free."""
     for name, value in values.items():
-        if isinstance(value, dict) and name not in BY_NAME:
+        if isinstance(value, dict) and not (name in BY_NAME and BY_NAME[name].type is table):
             yield from value.items()
         else:
             yield name, value
