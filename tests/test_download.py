@@ -177,6 +177,11 @@ class TestWrongAnswers:
         with pytest.raises(FileError, match="answered in a way that is not ModelScope's"):
             fetch(Source("Org/Some-Model", "*.safetensors"))
 
+    def test_a_refusal_in_words(self, monkeypatch):
+        monkeypatch.setattr(fake_hub.json, "dumps", lambda _: '{"Code": 404, "Success": false, "Message": "gone"}')
+        with pytest.raises(FileError, match="does not give the files of Org/Some-Model: gone. Check the name"):
+            fetch(MODEL)
+
     def test_a_login_page(self, online, monkeypatch):
         monkeypatch.setattr(fake_hub.json, "dumps", lambda _: "<html>Log in</html>")
         with pytest.raises(FileError, match="not ModelScope's.*login page.*MODELSCOPE_ENDPOINT"):

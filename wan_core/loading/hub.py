@@ -71,12 +71,15 @@ def list_files(model_id: str) -> list[RemoteFile]:
         except NETWORK as error:
             patience.lose(error)
     try:
-        return [_remote_file(entry) for entry in json.loads(answer)["Data"]["Files"] if entry["Type"] != "tree"]
-    except (ValueError, LookupError, TypeError) as error:
+        answer = json.loads(answer)
+        if answer.get("Success", True):
+            return [_remote_file(entry) for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise FileError(
             f"{_server()} answered in a way that is not ModelScope's when asked for the files of {model_id}. "
             f"Check the network (a login page may be in between) and {ENDPOINT}."
         ) from error
+    raise FileError(f"ModelScope does not give the files of {model_id}: {answer.get('Message')}. Check the name.")
 
 
 def _remote_file(entry: dict) -> RemoteFile:
@@ -105,14 +108,14 @@ def download(model_id: str, file: RemoteFile, target: Path, advance: Callable[[i
         with part.open("ab") as out:
             advance(out.tell())
             while True:
-                begin = out.tell()
+                start = out.tell()
                 try:
-                    for block in _blocks(model_id, file, begin):
+                    for block in _blocks(model_id, file, start):
                         out.write(block)
                         advance(len(block))
                     break
                 except Lost as error:
-                    patience.lose(error, gained=out.tell() > begin)
+                    patience.lose(error, gained=out.tell() > start)
         _check(model_id, file, part)
         part.replace(target)
 
