@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from comfyui_wanflow.nodes.headless import together
 from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.headless.runner import Runner
@@ -19,7 +20,7 @@ from comfyui_wanflow.nodes.host.standalone import StandaloneHost
 from comfyui_wanflow.wan_core.errors import InputError
 from comfyui_wanflow.wan_core.models.compiled import Compile
 from comfyui_wanflow.wan_core.parallel.sequence import Sequence
-from comfyui_wanflow.wan_core.parallel.team import Share, Team
+from comfyui_wanflow.wan_core.parallel.team import Share, Team, join
 from families import model, relative_error, video
 from PIL import Image
 from torch import distributed as dist
@@ -80,6 +81,15 @@ def test_who_can_share_what():
     with pytest.raises(InputError, match="2 prompts cannot be shared evenly among 3 processes. Start a multiple of 2"):
         share(3, 2, 12, "prompts")
     assert share(3, 2, 12).tokens.size == 3
+
+
+def test_each_needs_a_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="this computer has 2 for 3. Start as many processes as there are cards"):
+        join()
 
 
 def test_the_first_complains():

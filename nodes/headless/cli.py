@@ -212,8 +212,8 @@ def stop_on_interrupt() -> None:
 
 
 def complain(*lines: str) -> None:
-    """On stderr. Of several processes, in which the same goes wrong, the first one complains."""
-    if host.team is None or host.team.speaks:
+    """On stderr. Of several processes, in which the same goes wrong, one complains."""
+    if host.team.speaks if host.team else together.is_first():
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 

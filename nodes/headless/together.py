@@ -25,6 +25,10 @@ def is_part() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_follower(error: BaseException | None) -> bool:
     """Whether this process only ends because another one has, which says why."""
     from ...wan_core.parallel.talk import Lost
@@ -41,7 +45,8 @@ def launch(command: list[str], count: int) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     processes = [
         subprocess.Popen(

@@ -128,10 +128,13 @@ def join(way: str = "auto") -> Team | None:
     if size == 1:
         return None
     if torch.cuda.is_available():
-        card, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if card >= cards:
-            raise InputError(f"Each process needs a graphics card, and this computer has {cards}. Start as many.")
-        torch.cuda.set_device(card)
+        here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", size)), torch.cuda.device_count()
+        if here > cards:
+            raise InputError(
+                f"Each process needs a graphics card of its own, and this computer has {cards} for {here}. "
+                "Start as many processes as there are cards."
+            )
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with talking():
         store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
         dist.init_process_group(store=dist.PrefixStore("torch", store), rank=rank, world_size=size, timeout=PATIENCE)
