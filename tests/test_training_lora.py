@@ -208,6 +208,26 @@ class TestFrozenWeights:
         assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
+class TestOnACard:
+    @pytest.mark.parametrize("base", [in_fp32, in_fp8, in_gguf])
+    def test_streamed_weights_train_the_same_in_less_memory(self, base, tmp_path):
+        def run(budget):
+            model = base(tmp_path, "cuda")
+            trainee = new_lora(model, 2)
+            model.residency.limit_to(budget)
+            torch.cuda.reset_peak_memory_stats()
+            losses = train(trainee, Clips(3), QUICK, tmp_path / str(budget))
+            return losses, trainee.parameters, torch.cuda.max_memory_allocated()
+
+        losses, factors, most = run(None)
+        again, others, least = run(0)
+        assert again == pytest.approx(losses, rel=1e-2) and least < most  # attention's way back adds up in any order
+        for name, factor in factors.items():
+            assert factor.is_cuda
+            torch.testing.assert_close(factor, others[name], rtol=1e-2, atol=1e-3)
+
+
 class TestBesideWholeParts:
     def test_a_lora_on_the_trunk_and_the_whole_motion_controller(self, tmp_path):
         model = families.model("speed")
