@@ -312,6 +312,16 @@ class TestPreparing:
         prepare(items, FRAMING, encoders, cache)
         assert len(seen) == 1
 
+    def test_what_is_damaged_is_named(self, data, encoders, tmp_path):
+        examples, _ = prepare(items_of(data), FRAMING, encoders, Cache(tmp_path))
+        file = examples.cache.file(examples.clips[1].latents)
+        file.write_bytes(file.read_bytes()[:100])
+        for use in (lambda: examples[1], lambda: examples.groups):
+            with pytest.raises(FileError, match=f"{file.name}.*Delete it and start again"):
+                use()
+        file.unlink()
+        assert prepare(items_of(data), FRAMING, encoders, Cache(tmp_path))[0][1].latents.shape == (1, 16, 2, 4, 4)
+
     def test_captions_are_dropped_in_their_share(self, data, encoders, tmp_path):
         plain, _ = prepare(items_of(data), FRAMING, encoders, Cache(tmp_path))
         dropping, _ = prepare(items_of(data), FRAMING, encoders, Cache(tmp_path), caption_dropout=0.3)

@@ -1,7 +1,7 @@
 """Every family trains on what it is given when it is used: the same conditions, tensor for tensor."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import families
@@ -11,7 +11,13 @@ from comfyui_wanflow.nodes import node_classes
 from comfyui_wanflow.wan_core.adapters.injection import Canvas, inject
 from comfyui_wanflow.wan_core.adapters.vace import VACEResiduals
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
-from comfyui_wanflow.wan_core.loading.load import load_image_encoder, load_text_encoder, load_vae
+from comfyui_wanflow.wan_core.loading.load import (
+    add_module,
+    load_image_encoder,
+    load_model,
+    load_text_encoder,
+    load_vae,
+)
 from comfyui_wanflow.wan_core.sampling.loop import Settings as SamplingSettings
 from comfyui_wanflow.wan_core.sampling.loop import sample
 from comfyui_wanflow.wan_core.training.cache import Cache
@@ -209,6 +215,21 @@ def test_it_learns(data, encoders, cache, tmp_path, case, way):
     assert sum(loss_of(trainee.model, example) for example in examples) < before
 
 
+@pytest.mark.parametrize("parts", [["dit", "motion_controller"], ["motion_controller"]])
+def test_a_controller_is_saved_in_a_file_of_its_own(data, encoders, cache, tmp_path, parts):
+    model, examples = families.model("speed"), examples_of(data, encoders, cache, ("motion_bucket_id",))
+    trainee = mixed(model, parts, [])
+    train(trainee, examples, Settings(learning_rate=1e-3, max_train_steps=1), tmp_path)
+    names = (
+        ["step-1.motion_controller.safetensors", "step-1.safetensors"] if len(parts) == 2 else ["step-1.safetensors"]
+    )
+    assert sorted(file.name for file in tmp_path.glob("*.safetensors")) == names
+    base = load_model(tmp_path / "step-1.safetensors", device="cpu") if len(parts) == 2 else model
+    again = add_module(base, tmp_path / names[0])
+    for one, other in zip(trainee.model.module.parameters(), again.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_loss_is_the_reference_s(data, encoders, cache):
     """The mean squared error against noise - clip, weighted as recorded from DiffSynth-Studio at this level."""
     model, golden = families.model("T2V"), load_file(GOLDEN)
@@ -253,5 +274,7 @@ def test_inputs_that_do_not_fit(data, encoders, cache, tmp_path):
     examples = examples_of(data, encoders, cache, ("control_video",))
     with pytest.raises(ModelError, match="takes no control video"):
         train(new_lora(families.model("I2V"), 2), examples, Settings(), tmp_path / "wrong")
+    with pytest.raises(InputError, match="knows no gradients"):
+        mixed(replace(families.model("T2V"), attention="sage"), [], ["dit"])
     with pytest.raises(InputError, match="no extra input 'control'"):
         examples_of(data, encoders, cache, ("control",))

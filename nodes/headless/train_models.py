@@ -35,7 +35,11 @@ def load_engines(options: argparse.Namespace, instead: Mapping[str, list[Path]] 
     }
     extras = {
         "text_encoder": {"tokenizer": options.tokenizer_path},
-        "dit": {"weight_dtype": options.weight_dtype, "offload": offload_of(options)},
+        "dit": {
+            "weight_dtype": options.weight_dtype,
+            "attention": options.attention,
+            "offload": offload_of(options),
+        },
     }
     found = {**files_by_kind(options), **(instead or {})}
     wanted = [kind for kind in loaders if kind in found and (kind != "image_encoder" or options.extra_inputs)]

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..errors import FileError
 from ..saving import write_whole
 
 SAMPLE = 64  # numbers from each end of a tensor that tell one model from another
@@ -50,7 +51,9 @@ class Cache:
         return self.file(name).is_file()
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.file(name))
+        """Raises FileError for one that is damaged."""
+        with self._opened(name) as stored:
+            return {key: stored.get_tensor(key) for key in stored.keys()}
 
     def __setitem__(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Complete or not at all. Raises FileError when the disk is full."""
@@ -59,8 +62,17 @@ class Cache:
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """Of the tensors under a name, which stay on the disk."""
-        with safetensors.safe_open(self.file(name), "pt") as stored:
+        with self._opened(name) as stored:
             return {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}
+
+    def _opened(self, name: str) -> safetensors.safe_open:
+        try:
+            return safetensors.safe_open(self.file(name), "pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise FileError(
+                f"{self.file(name)} in the cache cannot be read ({error}). Delete it and start again: what was in it "
+                "is encoded anew."
+            ) from error
 
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -32,6 +32,7 @@ TRAINABLE = {"dit": "trunk", "vace": "vace", "motion_controller": "motion_contro
 
 
 KINDS = ("lora", "dora")
+WITHOUT_GRADIENT = ("sage",)  # of the attention backends
 LAYERS = (Linear, Conv2d, Conv3d)
 
 Gather = Callable[[Tensor], Tensor]  # makes a tensor whole of which this process may hold a part
@@ -224,6 +225,8 @@ def check_choice(model: WanModel, trainable_models: Sequence[str], lora_base_mod
         raise InputError("Say what to train: lora_base_model dit for a LoRA, or trainable_models dit for all of it.")
     for part in (*trainable_models, *lora_base_model):
         check_part(model, part)
+    if model.attention in WITHOUT_GRADIENT:
+        raise InputError(f"The attention backend '{model.attention}' knows no gradients. Load the model with 'auto'.")
 
 
 def mixed(model: WanModel, trainable_models: Sequence[str], lora_base_model: Sequence[str], **lora_options) -> Trainee:
