@@ -207,11 +207,14 @@ def test_examples_are_planned_before_their_download(name):
 
 
 def test_every_example_can_be_rehearsed():
-    """The cheap half: that every node of every example has a role."""
+    """The cheap half: that every node of every example has a role. A training tells its memory itself."""
     from comfyui_wanflow.nodes.headless.rehearsal import REAL, ROLES
 
-    used = {node["class_type"] for path in API.glob("*.json") for node in json.loads(path.read_text()).values()}
-    assert used <= {*ROLES, *REAL}
+    graphs = [json.loads(path.read_text(encoding="utf-8")).values() for path in API.glob("*.json")]
+    used = {node["class_type"] for graph in graphs for node in graph}
+    assert used - {"WanFlowDataset", "WanFlowTrain", "WanFlowSaveLora"} <= {*ROLES, *REAL}
+    with pytest.raises(InputError, match="Wan Training Data cannot be planned: leave it out"):
+        Rehearsal(CARDS[0]).run(read_workflow("train_and_use"))
 
 
 def test_the_command(capsys):
@@ -239,7 +242,7 @@ def test_what_the_command_refuses(arguments, sentence, capsys):
 def test_a_workflow_that_computes_nothing_is_refused():
     with pytest.raises(InputError, match="nothing to plan"):
         Rehearsal(CARDS[0]).run({
-            "1": {"class_type": "LoadImage", "inputs": {"image": "start.png"}},
+            "1": {"class_type": "LoadImage", "inputs": {"image": "toy_first_image.png"}},
             "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
         })  # fmt: skip
 

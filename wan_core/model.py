@@ -213,6 +213,11 @@ class WanModel(Engine):
         return replace(self, compile=settings)
 
 
+def most_tokens(text: str) -> int:
+    """A text has at most so many tokens: one a letter, one in front, and one at the end."""
+    return min(MAX_TOKENS, len(text) + 2)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WanTextEncoder(Engine):
     """Reads prompts."""
@@ -221,9 +226,9 @@ class WanTextEncoder(Engine):
     tokenizer: Tokenizer
 
     def working_room(self, text: str) -> int:
-        """Bytes that a prompt needs beside the weights: it has at most a token a letter, and one at the end."""
-        tokens = min(MAX_TOKENS, len(text) + 2)
-        return text_room(self.module.layout, tokens, self.compute_dtype) + widened_room(self.module, self.compute_dtype)
+        """Bytes that a prompt needs beside the weights."""
+        room = text_room(self.module.layout, most_tokens(text), self.compute_dtype)
+        return room + widened_room(self.module, self.compute_dtype)
 
     def encode(self, texts: list[str]) -> tuple[Tensor, tuple[int, ...], str]:
         """n texts -> embeddings (n, 512, dim) fp32 on the CPU, zero after each text's real length; the lengths in

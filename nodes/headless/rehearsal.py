@@ -16,7 +16,7 @@ from ...wan_core.errors import InputError, WanError
 from ...wan_core.loading.catalog import BY_NAME
 from ...wan_core.loading.load import add_module, load_image_encoder, load_model, load_text_encoder, load_vae
 from ...wan_core.loading.outline import open_outline
-from ...wan_core.model import Engine, WanVAE
+from ...wan_core.model import Engine, WanVAE, most_tokens
 from ...wan_core.planning.forecast import Files, Forecast, forecast
 from ...wan_core.planning.machines import Machine
 from ...wan_core.planning.phases import (
@@ -41,7 +41,6 @@ from ..vae import tiling
 from .core_nodes import NODES as CORE_NODES
 from .runner import NodeError, Runner
 
-TEXT = (1, 512, 4096)
 A_CLIP = 81  # frames, of a video whose length is not known before it is read
 
 
@@ -123,12 +122,13 @@ class Rehearsal:
 
     def encode_text(self, text_encoder, text):
         self.note(text_phase(text_encoder, text))
-        return [[tensor(*TEXT), {}]], ""
+        return [[tensor(1, most_tokens(text), 1), {}]], ""
 
     def sample(self, model, positive, latent, seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device,
                negative=None, conditions=()):  # fmt: skip
         settings = Settings(seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device)
-        self.note(sampling_phase(model, latent["samples"].shape, settings, conditions))
+        tokens = max(text[0][0].shape[1] for text in (positive, negative) if text is not None)
+        self.note(sampling_phase(model, latent["samples"].shape, settings, conditions, tokens))
         return (latent,)
 
     def decode(self, vae, latent, tiled, tile_size, tile_stride, **_):

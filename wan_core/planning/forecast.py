@@ -47,6 +47,15 @@ class Outlook:
         return sum(plan.streamed_bytes for plan in self.plans)
 
     @property
+    def room(self) -> int:
+        """For the run's own tensors, with what they take only where it is there (see sampling/contexts.py)."""
+        phase = self.phase
+        if self.machine.vram is None:
+            return phase.room + phase.spare
+        left = self.machine.memory[1] - self.resident - phase.room
+        return phase.room + (phase.spare if not self.streamed and phase.spare <= left else 0)
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """How many blocks stay on the card, and how many there are."""
         numbers = [set(weights.sizes()[1]) for weights in self.phase.engine.weights] if self.plans else []
@@ -58,7 +67,7 @@ class Outlook:
         """Peak of the whole card, 0 where there is none."""
         if self.machine.vram is None:
             return 0
-        return self.machine.taken + self.resident + self.passing + self.phase.room
+        return self.machine.taken + self.resident + self.passing + self.room
 
     @property
     def fits(self) -> bool:
@@ -69,7 +78,7 @@ class Outlook:
         """Peak of main memory that cannot be given back."""
         ram = self.machine.base + self.phase.kept
         if self.machine.vram is None:
-            return ram + self.phase.room
+            return ram + self.room
         rests = self.phase.engine and any(weights.rest_on == "cpu" for weights in self.phase.engine.weights)
         return ram + self.passing + (self.streamed if rests else 0)
 

@@ -15,6 +15,7 @@ from ..models.tiling import Size, ladder, tiles
 from ..models.tokenizer import MAX_TOKENS
 from ..offload.residency import Residency
 from ..room import decoding_room, encoding_room
+from ..sampling.contexts import contexts_room
 from ..sampling.loop import Settings, in_front, working_room
 from ..size import PIXELS_PER_LATENT, pixel_size
 from .machines import Machine
@@ -30,6 +31,7 @@ class Phase:
 
     engine  whose weights are used, None where there are none
     room    on the compute device, for the run's own tensors
+    spare   there too, if there is so much left when all weights stay
     kept    in main memory: what this makes and what waits for later
     passes  how often all weights are used, with `work` products and sums each time
     unread  of the weights, where they are used in place: the words that are not in the prompt
@@ -39,6 +41,7 @@ class Phase:
     name: str
     engine: Engine | None = None
     room: int = 0
+    spare: int = 0
     kept: int = 0
     passes: int = 1
     work: float = 0.0
@@ -117,9 +120,13 @@ def width_of(vae: WanVAE) -> int:
 
 
 def sampling_phase(
-    model: WanModel, latent: Sequence[int], settings: Settings, conditions: Sequence[object] = ()
+    model: WanModel,
+    latent: Sequence[int],
+    settings: Settings,
+    conditions: Sequence[object] = (),
+    tokens: int = MAX_TOKENS,
 ) -> Phase:
-    """Latents (b, 16, T, h, w)."""
+    """Latents (b, 16, T, h, w); tokens: of the longest prompt, at most."""
     layout, vace = model.layout, model.module.vace
     rows, _, frames, height, width = latent
     front, branches = in_front(conditions), 1 if settings.cfg == 1 else 2
@@ -138,6 +145,7 @@ def sampling_phase(
         model,
         working_room(model, latent, settings, conditions),
         kept=rows * 16 * frames * height * width * FLOAT,
+        spare=contexts_room(model, [torch.empty(rows, tokens, 1, device="meta")] * branches),
         passes=settings.steps * calls * len(spans),
         work=rows * branches * work / (calls * len(spans)),
         detail=", ".join(detail),

@@ -61,11 +61,11 @@ def shares(outlook: Outlook) -> list[tuple[str, int]]:
     if outlook.machine.vram is None:
         weights = min(outlook.mapped, max(0, outlook.machine.ram - outlook.ram))
         return [
-            (OTHERS, outlook.machine.base), (STAYS, weights), (KEPT, outlook.phase.kept), (WORK, outlook.phase.room),
+            (OTHERS, outlook.machine.base), (STAYS, weights), (KEPT, outlook.phase.kept), (WORK, outlook.room),
         ]  # fmt: skip
     return [
         (OTHERS, outlook.machine.taken), (STAYS, outlook.resident), (PASSES, outlook.passing),
-        (WORK, outlook.phase.room),
+        (WORK, outlook.room),
     ]  # fmt: skip
 
 

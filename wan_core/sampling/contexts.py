@@ -35,10 +35,11 @@ class Contexts:
 
 
 def contexts_room(model: WanModel, texts: Sequence[Tensor]) -> int:
-    """Bytes of all that is kept for these texts."""
+    """Bytes of all that is kept for these texts: padded, but on a processor with one row for all the padding."""
     layout, vace = model.layout, model.module.vace
     blocks = layout.layers + (0 if vace is None else vace.layout.layers)
-    rows = sum(text.shape[0] * max(TEXT_ROWS, text.shape[1]) for text in texts) * blocks
+    lengths = [text.shape[1] + 1 if model.device.type == "cpu" else max(TEXT_ROWS, text.shape[1]) for text in texts]
+    rows = sum(text.shape[0] * length for text, length in zip(texts, lengths, strict=True)) * blocks
     if layout.image_tokens:
         rows += sum(text.shape[0] for text in texts) * max(IMAGE_ROWS, layout.image_positions) * layout.layers
     return 2 * rows * layout.dim * model.compute_dtype.itemsize
