@@ -81,7 +81,7 @@ class Rehearsal:
             raise
         finally:
             host.quiet = quiet
-        if not self.phases:
+        if not any(phase.engine for phase in self.phases):
             raise InputError("Nothing in this workflow loads or runs a model, so there is nothing to plan.")
         return forecast(self.phases, self.machine, self.files)
 
@@ -212,10 +212,10 @@ class Rehearsal:
         return tensor(*pixel_size(*latent["samples"].shape[2:]), 3)
 
     def note(self, phase: Phase) -> None:
-        """Equal phases one after the other are one that takes as much longer."""
+        """The same work once more is one phase, which takes as much longer."""
         last = self.phases[-1] if self.phases else None
-        if last and replace(last, passes=phase.passes) == phase:
-            phase = replace(phase, passes=last.passes + phase.passes)
+        if last and (last.name, last.engine, last.work) == (phase.name, phase.engine, phase.work):
+            phase = replace(phase, room=max(last.room, phase.room), passes=last.passes + phase.passes)
             self.phases.pop()
         self.phases.append(phase)
 

@@ -133,8 +133,8 @@ def sampling_phase(
     spans = model.windows.spans(frames) if model.windows else [(0, frames)]
     work = 0.0
     for start, stop in spans:
-        tokens = (stop - start + front) * height * width // (PATCH[1] * PATCH[2])
-        work += trunk_work(layout, tokens, layout.image_positions or 257 * layout.image_tokens, vace and vace.layout)
+        grid = (stop - start + front) * height * width // (PATCH[1] * PATCH[2])
+        work += trunk_work(layout, grid, layout.image_positions or 257 * layout.image_tokens, vace and vace.layout)
     calls = 1 if settings.cfg_merge else branches
     detail = [f"{settings.steps} steps"]
     detail += [f"{branches} prompts{' as one batch' if settings.cfg_merge else ''}"] if branches > 1 else []
