@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import fake_hub
 import gguf
 import numpy as np
 import pytest
@@ -30,7 +31,16 @@ pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH does not name 
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def hub():
+    """A stand-in of ModelScope, which the server asks."""
+    with fake_hub.running() as (hub, address):
+        os.environ["MODELSCOPE_ENDPOINT"] = address
+        yield hub
+        del os.environ["MODELSCOPE_ENDPOINT"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, hub):
     server = Server(Path(COMFYUI).resolve(), PYTHON, tmp_path_factory.mktemp("comfyui"))
     try:
         server.wait_until_ready()
@@ -305,3 +315,17 @@ def test_gguf_files_are_listed_and_loaded(server, first_run):
     assert run.status == "execution_success", run.error
     shown = frames(server.base / "output/gguf") - frames(server.base / "output/first")
     assert abs(shown).max() <= 1
+
+
+def test_a_model_is_downloaded_into_comfyuis_folder(server, hub, first_run):
+    weights = (ROOT / "wan_core/tiny/weights/diffusion_pytorch_model.safetensors").read_bytes()
+    hub.files["Org/Tiny"] = {"diffusion_pytorch_model.safetensors": weights}
+    graph = quickstart("downloaded")
+    loader = node(graph, "WanFlowLoadModel")
+    graph[loader]["inputs"]["files"] = "Org/Tiny:diffusion_pytorch_model*.safetensors"
+    run = server.run(graph)
+    assert run.status == "execution_success", run.error
+    assert (server.base / "models/Org/Tiny/diffusion_pytorch_model.safetensors").read_bytes() == weights
+    assert (loader, 10) in run.steps  # megabytes
+    assert "Downloading Org/Tiny:diffusion_pytorch_model*.safetensors from ModelScope into" in server.log
+    assert abs(frames(server.base / "output/downloaded") - frames(server.base / "output/first")).max() == 0
