@@ -23,9 +23,6 @@ class Cut:
     frames: int
     start: int = 0
 
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}, {self.frames} frame{'' if self.frames == 1 else 's'} from {self.start} on"
-
 
 @dataclass(frozen=True)
 class Framing:
