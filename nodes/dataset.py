@@ -29,13 +29,15 @@ BESIDE = columns(INPUTS)  # that a table may have, by whether they name files
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Items to train on, and how; `problems` are sentences on those left out.
+    """Items to train on, and how.
 
-    largest   (height, width) of the largest clip; options: those of `prepare`
+    said      sentences on what is left out or shortened, which the user has read
+    largest   (height, width) of the largest clip
+    options   those of `prepare`
     """
 
     items: tuple[Item, ...]
-    problems: tuple[str, ...]
+    said: tuple[str, ...]
     framing: Framing
     largest: tuple[int, int]
     repeat: int = 1
@@ -163,7 +165,7 @@ class Dataset(io.ComfyNode):
         host.say(report)
         largest = max(((piece.cut.height, piece.cut.width) for piece in pieces), default=(16, 16), key=math.prod)
         options = {"flip": flip, "caption_dropout": caption_dropout}
-        dataset = TrainingData(tuple(items), tuple(problems), framing, largest, repeat, options)
+        dataset = TrainingData(tuple(items), (*problems, *notes), framing, largest, repeat, options)
         preview = contact_sheet(pieces).to(host.intermediate_device())
         return io.NodeOutput(dataset, preview, report, ui=shown(preview, report))
 

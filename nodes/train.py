@@ -135,7 +135,7 @@ def fine_points() -> list:
             "accumulation", default=1, min=1, max=1024, tooltip="Batches to a step: a larger batch in the same memory."
         ),
         io.Combo.Input(
-            "optimizer", options=list(OPTIMIZERS), default="adamw", tooltip="All but adamw need a package of their own."
+            "optimizer", options=list(OPTIMIZERS), default="adamw", tooltip="All but adamw and muon need their package."
         ),
         io.Combo.Input(
             "schedule", options=list(SCHEDULES), default="constant", tooltip="How the rate goes after the warm-up."
@@ -222,12 +222,12 @@ class Train(io.ComfyNode):
         )  # fmt: skip
         place = host.output_folder(folder)
         watch = Watch(cls.hidden.unique_id, place)
-        encoders = Encoders(vae, text_encoder, image_encoder)
-        examples = prepared(dataset, encoders, names(extra_inputs), watch)
-        unseen = prepared(held_out, encoders, names(extra_inputs), watch) if held_out else ()
         changes = {"rank": rank, "alpha": alpha or None, "targets": names(targets), "start": start_lora}
         trainee = new_trainee(model, mode, names(parts), names(also_full), {**changes, "seed": train_seed})
         trainee = captioned(trainee, (item.prompt for item in dataset.items))
+        encoders = Encoders(vae, text_encoder, image_encoder)
+        examples = prepared(dataset, encoders, names(extra_inputs), watch)
+        unseen = prepared(held_out, encoders, names(extra_inputs), watch) if held_out else ()
         if sample_every:
             sample = sample_like(examples[0], model, text_encoder, sample_prompt, train_seed)
             watch.show_samples(sample, vae, sample_every)
@@ -246,15 +246,16 @@ def names(text: str) -> list[str]:
 
 
 def prepared(dataset: TrainingData, encoders: Encoders, extra_inputs: list[str], watch: Watch) -> Examples:
-    """The clips of a dataset encoded; what is wrong with some is said."""
+    """The clips of a dataset encoded; what is wrong with some is said, if it was not before."""
     vae, cache = encoders.vae, Cache(host.output_dir() / CACHE)
     width = vae.module.encoder.conv1.out_channels
     with host.attached(vae, encoding_room(width, dataset.largest, vae.compute_dtype)):
         examples, notes = prepare(
             dataset.items, dataset.framing, encoders, cache, extra_inputs, watch.prepared, **dataset.options
         )
-    for note in (*dataset.problems, *notes):
-        host.say(note)
+    for note in notes:
+        if note not in dataset.said:
+            host.say(note)
     return examples
 
 

@@ -67,7 +67,7 @@ class Watch:
         if step % self.every and step != self.total:
             return
         with host.attached(model, working_room(model, self.made.shape, self.made.settings)):
-            latents = self.made.latents(model)
+            latents = self.made.latents(model, lambda *_: host.check_interrupted())
         frames = decode_with(self.vae)(latents)
         file = self.folder / "samples" / f"step-{step:06}.mp4"
         save_video(frames, file, WAN_RATE, quality=8)
