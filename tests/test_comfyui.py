@@ -19,6 +19,7 @@ import torch
 from comfyui_server import COMPUTE_DTYPE, ROOT, Server
 from comfyui_wanflow.nodes.headless import cli
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
+from comfyui_wanflow.wan_core.video import read_video
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -292,6 +293,28 @@ def test_comfyui_s_memory_manager_loads_shrinks_and_unloads():
     script = MANAGED.format(comfyui=str(Path(COMFYUI).resolve()), root=str(ROOT))
     result = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_comfyui_makes_room_for_ours_and_for_others():
+    """Other packs' models are evicted for ours, ours for theirs; and theirs again when memory runs out in our run."""
+    script = [PYTHON, ROOT / "tests/comfyui_crowded.py", Path(COMFYUI).resolve(), ROOT]
+    result = subprocess.run(script, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_video_is_saved_while_it_is_decoded(server, first_run):
+    graph = quickstart()
+    save, decode = (graph.pop(node(graph, name)) for name in ("WanFlowSaveVideo", "WanFlowVAEDecode"))
+    del graph["frames"]
+    inputs = {**decode["inputs"], **save["inputs"], "filename_prefix": "streamed/video"}
+    inputs.pop("images")
+    graph["both"] = {"class_type": "WanFlowDecodeAndSave", "inputs": inputs}
+    run = server.run(graph)
+    assert run.status == "execution_success", run.error
+    (entry,) = run.outputs["both"]["images"]
+    streamed = server.base / entry["type"] / entry["subfolder"] / entry["filename"]
+    assert torch.equal(read_video(streamed)[0], read_video(saved_video(server, first_run))[0])
+    assert max(step for id, step in run.steps if id == "both") == len(read_video(streamed)[0])
 
 
 def test_gguf_files_are_listed_and_loaded(server, first_run):

@@ -227,8 +227,8 @@ class TestTiles:
         whole = vae.decode(self.LATENTS)
         tiled = vae.decode(self.LATENTS, tiled=True, **self.FIRST)
         groups = list(vae.frames(torch.cat([self.LATENTS] * 2)))
-        assert len(groups) == 2 * 3 and torch.equal(torch.cat(groups, dim=2), torch.cat([whole] * 2, dim=2))
-        for call, before in [(0, 0), (2, 5)]:
+        assert len(groups) == 2 * 2 and torch.equal(torch.cat(groups, dim=2), torch.cat([whole] * 2, dim=2))
+        for call, before in [(0, 0), (1, 1)]:
             with shortage(vae.module.decoder, call):
                 frames = torch.cat(list(vae.frames(self.LATENTS, **self.FIRST)), dim=2)
             assert torch.equal(frames, torch.cat([whole[:, :, :before], tiled[:, :, before:]], dim=2))
