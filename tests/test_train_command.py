@@ -126,7 +126,9 @@ class TestConfig:
         assert sentence in capsys.readouterr().err
 
     def test_no_file(self, tmp_path, capsys):
-        assert main(["train", "--config", "gone"]) == 1 and "lora/Wan2.1-T2V-1.3B" in capsys.readouterr().err
+        assert main(["train", "--config", "gone"]) == 1 and "such as lora/Wan2.1-VACE-14B" in capsys.readouterr().err
+        assert main(["train", "--config", "lora/wan2.1-t2v-1.3"]) == 1
+        assert "did you mean 'lora/Wan2.1-T2V-1.3B'" in capsys.readouterr().err
         assert main(["train", "--config", self.write(tmp_path, "", "yaml")]) == 1
 
 
@@ -255,6 +257,8 @@ class TestTraining:
         (["--lora_base_model", "dit", "--extra_inputs", "control_video"], "takes no control video"),
         (["--lora_base_model", "dit", "--extra_inputs", "control"], "no extra input 'control'"),
         (["--lora_base_model", "dit", "--held_out", "2"], "held_out is 2"),
+        (["--lora_base_model", "dit", "--sample_steps", "1", "--validation_inputs", '{"motion_bucket_id": 1}'],
+         "motion_bucket_id, which extra_inputs does not name"),
         (["--lora_base_model", "dit", "--num_frames", "8"], "no latent"),
         (["--lora_base_model", "dit", "--model_paths", "[]"], "No diffusion model is among the models"),
         (["--lora_base_model", "dit", "--max_train_steps", "0"], "max_train_steps is 0"),

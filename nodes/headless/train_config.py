@@ -100,4 +100,7 @@ def config_file(name: str) -> Path:
     for file in (Path(name), SHIPPED / name, SHIPPED / f"{name}.toml"):
         if file.is_file():
             return file
-    raise FileError(f"There is no config {name}. Give a file, or one of WanFlow's such as lora/Wan2.1-T2V-1.3B.")
+    shipped = [str(file.relative_to(SHIPPED).with_suffix("")) for file in sorted(SHIPPED.rglob("*.toml"))]
+    raise FileError(
+        f"There is no config {name}{nearest(name, shipped)}. Give a file, or one of WanFlow's such as {shipped[-1]}."
+    )

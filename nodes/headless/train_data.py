@@ -99,6 +99,8 @@ def validation_sample(options: Namespace, items: Sequence[Item], encoders: Encod
     item = items[options.validation_item]
     kinds, base = columns(options.validation_inputs), options.dataset_base_path
     check_inputs(list(options.validation_inputs))
+    if strange := set(options.validation_inputs) - set(options.extra_inputs):
+        raise InputError(f"validation_inputs has {', '.join(sorted(strange))}, which extra_inputs does not name.")
     given = {
         name: files_below(base, value) if kinds[name] else value for name, value in options.validation_inputs.items()
     }
