@@ -33,5 +33,6 @@ def test_fifty_runs_take_no_more_memory_than_the_first(tmp_path):
         gc.collect()
         used.append(resident_bytes())
     growth = np.polyfit(range(RUNS - SETTLED), used[SETTLED:], 1)[0]
-    print(f"{growth / 1024:.1f} KiB a run; {used[0] / 2**20:.0f} MiB after the first, {used[-1] / 2**20:.0f} at the end")
+    first, last = used[0] / 2**20, used[-1] / 2**20
+    print(f"{growth / 1024:.1f} KiB a run; {first:.0f} MiB after the first, {last:.0f} at the end")
     assert growth < 128 * 1024
