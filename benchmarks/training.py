@@ -64,7 +64,9 @@ def ours(trunk: DiT, read: Read) -> tuple[Callable[[], Tensor], Factors]:
         with trainee.model.attached() as network:
             loss = Objective(network, trainee.model, Settings())(Example(*read()), [generator()], LEVEL)
             loss.backward()
-        length = Team().step(optimizer, trainee.parameters, 1.0)
+        length = Team().gather(trainee.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return torch.stack([loss.detach(), torch.tensor(length)])
 
     return step, trainee.parameters

@@ -24,6 +24,7 @@ from comfyui_wanflow.wan_core.training.loop import Settings, train
 from comfyui_wanflow.wan_core.training.objective import Objective
 from comfyui_wanflow.wan_core.training.optimizers import OPTIMIZERS
 from comfyui_wanflow.wan_core.training.order import epoch_steps, share, steps_from
+from comfyui_wanflow.wan_core.training.team import Team
 from comfyui_wanflow.wan_core.training.trainee import new_lora, whole
 from comfyui_wanflow.wan_core.training.validation import validation_losses
 from safetensors.torch import load_file
@@ -221,10 +222,8 @@ class TestMethods:
         assert lengths(0)[0] == lengths(1e-4)[0] > 1e-4  # told as it was
         parameter = torch.nn.Parameter(torch.ones(4))
         parameter.grad = torch.full((4,), 10.0)
-        from comfyui_wanflow.wan_core.training.team import Team
-
-        assert Team().step(torch.optim.SGD([parameter], 1.0), {"a": parameter}, 1.0) == pytest.approx(20)
-        assert torch.allclose(parameter, torch.full((4,), 0.5))
+        assert Team().gather({"a": parameter}, 1.0) == pytest.approx(20)
+        assert torch.allclose(parameter.grad, torch.full((4,), 0.5))
 
     def test_accumulated_batches_are_one_large_batch(self, tmp_path):
         clips = Clips(6)
@@ -291,6 +290,21 @@ class TestFailures:
         clips[2].latents.fill_(float("nan"))
         with pytest.raises(ModelError, match="lower learning_rate"):
             train(lora(), clips, Settings(num_epochs=2), tmp_path)
+
+    def test_so_does_a_gradient_before_it_spoils_the_parameters(self, tmp_path):
+        trainee, step = lora(), 0
+
+        def spoil(gradient):
+            nonlocal step
+            step += 1
+            return gradient * float("inf") if step == 3 else gradient
+
+        factors = trainee.parameters
+        next(iter(factors.values())).register_hook(spoil)
+        with pytest.raises(ModelError, match="step 3 the gradient was"):
+            train(trainee, Clips(), Settings(num_epochs=2), tmp_path)
+        assert all(factor.isfinite().all() for factor in factors.values())
+        assert len(read_losses(tmp_path)) == 2 and (tmp_path / "step-2.safetensors").is_file()
 
 
 class TestLogs:

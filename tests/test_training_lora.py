@@ -13,6 +13,7 @@ from comfyui_wanflow.wan_core.lora import fit
 from comfyui_wanflow.wan_core.models import ggml
 from comfyui_wanflow.wan_core.models.layers import Linear
 from comfyui_wanflow.wan_core.models.packed import Packed, PackedLinear, keep_packed
+from comfyui_wanflow.wan_core.training import trainee as trainees
 from comfyui_wanflow.wan_core.training.examples import Example
 from comfyui_wanflow.wan_core.training.loop import Settings, train
 from comfyui_wanflow.wan_core.training.trainee import mixed, new_lora
@@ -95,6 +96,14 @@ class TestTargets:
         assert file["diffusion_model.blocks.0.ffn.0.alpha"] == 1
         with pytest.raises(InputError, match="lora_rank"):
             new_lora(small_model(), 2, start=start)
+
+
+    def test_what_comfyui_s_nodes_make_can_be_trained(self, monkeypatch):
+        """They run in inference mode, in which a move to another device makes tensors that know no gradients."""
+        monkeypatch.setattr(trainees, "module_digest", lambda module: "")
+        with torch.inference_mode():
+            trainee = new_lora(replace(small_model(), device=torch.device("meta")), 2)
+        assert all(p.is_meta and p.requires_grad and not p.is_inference() for p in trainee.parameters.values())
 
 
 class TestDoRA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,10 +109,11 @@ class Training:
 
     def step(self, number: int, batches: Sequence[Batch]) -> dict[str, float]:
         """One step; what there is to tell of it."""
-        loss = self.gradients_or_save(number, batches)
+        loss, length = self.gradients_or_save(number, batches)
         rate = self.settings.rate(number, self.total)
         set_rate(self.optimizer, rate)
-        length = self.team.step(self.optimizer, self.parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.progress.step = number + 1
         self.progress.losses.append(loss)
         if self.average:
@@ -119,8 +121,8 @@ class Training:
         epoch = number // self.steps_an_epoch
         return {"step": number + 1, "epoch": epoch, "loss": loss, "learning_rate": rate, "gradient_norm": length}
 
-    def gradients_or_save(self, number: int, batches: Sequence[Batch]) -> float:
-        """The step's loss, its gradient in the parameters. Where that fails, all steps before it are saved."""
+    def gradients_or_save(self, number: int, batches: Sequence[Batch]) -> tuple[float, float]:
+        """As `gradients`. Where that fails, all steps before this one are saved."""
         try:
             return persist(
                 partial(self.gradients, number, batches),
@@ -134,7 +136,8 @@ class Training:
                 self.save(f"step-{number}")
             raise
 
-    def gradients(self, number: int, batches: Sequence[Batch]) -> float:
+    def gradients(self, number: int, batches: Sequence[Batch]) -> tuple[float, float]:
+        """The step's loss and the length of its gradient, which is in the parameters."""
         self.optimizer.zero_grad(set_to_none=True)  # of a try before
         team, loss = self.team, 0.0
         for indices, generators, weight in share(batches, (self.settings.seed, number), team.rank, team.count):
@@ -142,8 +145,9 @@ class Training:
             part.backward()
             loss += part.item()
         loss = team.mean(loss)
-        check_loss(loss, number)
-        return loss
+        length = team.gather(self.parameters, self.settings.max_grad_norm)
+        check_finite(number, loss=loss, gradient=length)
+        return loss, length
 
     def look(self, held_out: Sequence[Example], on_sample: OnSample | None) -> None:
         """Save, validate and show samples where it is time to."""
@@ -251,9 +255,10 @@ def recipe(trainee: Trainee, examples: Examples, settings: Settings, processes: 
     return digest(asdict(fixed), processes, shapes, trainee.origin, examples.facts)
 
 
-def check_loss(loss: float, step: int) -> None:
-    if not abs(loss) < float("inf"):
-        raise ModelError(
-            f"In step {step + 1} the loss was {loss}. Choose a lower learning_rate and another output folder; the "
-            "result of the steps before is saved."
-        )
+def check_finite(step: int, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ModelError(
+                f"In step {step + 1} the {name} was {number}. Choose a lower learning_rate and another output folder; "
+                "the result of the steps before is saved."
+            )

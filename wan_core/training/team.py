@@ -21,7 +21,6 @@ from torch import distributed as dist
 from ..errors import InputError
 from .trainee import Trainee
 
-Optimizer = torch.optim.Optimizer
 Parameters = Mapping[str, nn.Parameter]
 
 
@@ -47,22 +46,24 @@ class Team:
         """Share out what is trained; the parameters as this process holds them."""
         return trainee.parameters
 
-    def step(self, optimizer: Optimizer, parameters: Parameters, longest: float) -> float:
-        """Take a step by all processes' gradients; returns the gradient's length before it was cut to `longest`."""
+    def gather(self, parameters: Parameters, longest: float) -> float:
+        """Let each process have all gradients, cut to the length `longest`; returns the length before."""
         if self.count > 1:
             self._average(parameters)
         length = nn.utils.clip_grad_norm_(parameters.values(), longest or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         return float(self.whole(length))
 
     def _average(self, parameters: Parameters) -> None:
-        for parameter in parameters.values():
+        """What no process had a use for stays without a gradient, as it does alone."""
+        uses = torch.tensor([float(parameter.grad is not None) for parameter in parameters.values()])
+        dist.all_reduce(uses)
+        used = [parameter for parameter, count in zip(parameters.values(), uses.tolist(), strict=True) if count]
+        for parameter in used:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters.values()]:
+        for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in used]:
             work.wait()
-        for parameter in parameters.values():
+        for parameter in used:
             parameter.grad.div_(self.count)
 
     def mean(self, number: float) -> float:

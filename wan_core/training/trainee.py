@@ -71,6 +71,7 @@ def part_of(name: str) -> str:
 # ---------------------------------------------------------------- LoRA
 
 
+@torch.inference_mode(False)
 def new_lora(
     model: WanModel,
     rank: int = 32,
@@ -129,7 +130,7 @@ def fits(name: str, target: str) -> bool:
 def new_change(layer: nn.Module, rank: int, scale: float, kind: str, generator: torch.Generator) -> Change:
     shape = (layer.out_features, layer.in_features) if isinstance(layer, Linear) else tuple(layer.weight.shape)
     bound = math.prod(shape[1:]) ** -0.5
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         down = torch.empty(rank, *shape[1:]).uniform_(-bound, bound, generator=generator)
         change = LowRank(torch.zeros(shape[0], rank, *[1] * len(shape[2:])), down, scale)
         if kind == "dora":
