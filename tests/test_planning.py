@@ -217,6 +217,19 @@ def test_every_example_can_be_rehearsed():
         Rehearsal(CARDS[0]).run(read_workflow("train_and_use"))
 
 
+def test_frames_that_are_saved_while_they_are_decoded_do_not_wait():
+    workflow = read_workflow("Wan2.1-T2V-1.3B")
+    whole = Rehearsal(card_like("RTX 4090")).run(workflow)
+    (decode,) = (id for id, node in workflow.items() if node["class_type"] == "WanFlowVAEDecode")
+    (save,) = (id for id, node in workflow.items() if node["class_type"] == "WanFlowSaveVideo")
+    inputs = workflow[decode]["inputs"] | workflow[save]["inputs"]
+    del inputs["images"], workflow[decode]
+    workflow[save] = {"class_type": "WanFlowDecodeAndSave", "inputs": inputs}
+    streamed = Rehearsal(card_like("RTX 4090")).run(workflow)
+    assert streamed.outlooks[-1].phase.name == "decode and save"
+    assert streamed.outlooks[-1].vram == whole.outlooks[-2].vram and streamed.ram < whole.ram
+
+
 def test_the_command(capsys):
     options = ["--card", "nvidia rtx4090", "--ram", "16", "--set", "6.num_frames=161"]
     assert main(["plan", "Wan2.1-T2V-1.3B", *options]) == 0

@@ -138,16 +138,20 @@ class Rehearsal:
         frames, height, width = pixel_size(*size)
         return (tensor(rows * frames, height, width, 3),)
 
+    def decode_and_save(self, vae, latent, tiled, tile_size, tile_stride, **_):
+        """Frames go into the file as they come: few of them wait."""
+        tiles = tiling(tiled, tile_size, tile_stride)
+        phase = decoding_phase(vae, latent["samples"].shape, free_for(vae, self.machine), **tiles)
+        kept = phase.kept if phase.detail else phase.kept // latent["samples"].shape[2]  # tiles give all at once
+        self.note(replace(phase, name="decode and save", kept=kept))
+        return ("",)
+
     def encode(self, vae, images, fit, tiled, tile_size, tile_stride, latent=None):
         if latent is None:
             width, height, frames, _ = snap_size(images.shape[2], images.shape[1], images.shape[0])
             latent = {"samples": tensor(*latent_shape(width, height, frames))}
         self.look(vae, latent, **tiling(tiled, tile_size, tile_stride))
         return (latent,)
-
-    def decode_and_save(self, vae, latent, tiled, tile_size, tile_stride, **_):
-        (images,) = self.decode(vae, latent, tiled, tile_size, tile_stride)
-        return self.save(images)
 
     def save(self, images, **_):
         self.note(saving_phase(*images.shape[:3]))
