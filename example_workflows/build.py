@@ -106,12 +106,12 @@ def train_and_use(row: catalog.Row) -> dict[str, Any]:
     preset, fronts = row.preset, {"model": ["1", 0], "vae": ["3", 0], "text_encoder": ["2", 0]}
     data = add(workflow, node("Dataset", "Wan Training Data", folder=pink.FOLDER, metadata=pink.TABLE,
                               data_file_keys="video", size=f"{preset.width}x{preset.height}",
-                              num_frames=preset.num_frames, frame_rate=float(preset.fps), repeat=1, caption_prefix="",
+                              num_frames=preset.num_frames, frame_rate=float(preset.fps), repeat=20, caption_prefix="",
                               caption_dropout=0.1, flip=False, sampling="head", samples=1, buckets=False))  # fmt: skip
     lora = add(workflow, node("Train", "Wan Train", **fronts, dataset=data, folder="training/pink", mode="lora",
                               parts="dit", rank=16, alpha=0.0, targets="q,k,v,o,ffn.0,ffn.2", learning_rate=1e-3,
-                              epochs=60, max_steps=0, batch_size=8, train_seed=0, extra_inputs="", memory="fastest",
-                              save_every=60, sample_every=60, sample_prompt=PINK_PROMPT, also_full="", accumulation=1,
+                              epochs=3, max_steps=0, batch_size=8, train_seed=0, extra_inputs="", memory="fastest",
+                              save_every=0, sample_every=30, sample_prompt=PINK_PROMPT, also_full="", accumulation=1,
                               optimizer="adamw", schedule="cosine", warmup_steps=10, weight_decay=0.01, ema_decay=0.0,
                               max_grad_norm=1.0, lora_plus=1.0, timesteps="shifted", weighting="bell",
                               shift=preset.shift))  # fmt: skip

@@ -39,7 +39,7 @@ def training(**settings):
     graph = json.loads(EXAMPLE.read_text())
     for id in ("4", "5", "6", "7", "8", "9", id_of(graph, "WanFlowApplyLora")):
         del graph[id]
-    graph[id_of(graph, "WanFlowDataset")]["inputs"].update(size="32x32", num_frames=5)
+    graph[id_of(graph, "WanFlowDataset")]["inputs"].update(size="32x32", num_frames=5, repeat=1)
     usual = {"epochs": 2, "learning_rate": 0.01, "rank": 4, "sample_every": 0, "save_every": 0, "schedule": "constant"}
     graph[id_of(graph, "WanFlowTrain")]["inputs"].update({**usual, **settings})
     return graph
