@@ -92,7 +92,9 @@ def how_long() -> list:
             round=1e-10,
             tooltip="How large the steps are. Usual: 0.0001 for a LoRA, 0.00001 for all weights.",
         ),
-        io.Int.Input("epochs", default=10, min=1, max=1_000_000, tooltip="How often all clips are gone through; each is saved."),
+        io.Int.Input(
+            "epochs", default=10, min=1, max=1_000_000, tooltip="How often all clips are gone through; each is saved."
+        ),
         io.Int.Input("max_steps", default=0, **many, tooltip="End after so many steps at the latest. 0: no limit."),
         io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Clips of one size at once."),
         # not "seed", which front ends draw anew after each run: then a stopped training could not go on
