@@ -206,7 +206,8 @@ def stop_on_interrupt() -> None:
     def handle(number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         host.interrupted = True
-        os.write(2, b"\nStopping after this step; press ctrl-C again to stop at once.\n")  # print is not safe here
+        if together.is_first():  # print is not safe here
+            os.write(2, b"\nStopping after this step; press ctrl-C again to stop at once.\n")
 
     signal.signal(signal.SIGINT, handle)
 
