@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=24, help="of the new colour, and as many others")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--count", type=int, default=32, help="captions of each kind to make videos of")
     options = parser.parse_args()
