@@ -214,6 +214,12 @@ class TestTraining:
         assert main([*tiny, "--model", "WanTiny", "--lora_base_model", "dit"]) == 1
         assert "did you mean 'WanTiny-T2V'" in capsys.readouterr().err
 
+    def test_a_model_that_does_not_look_is_told(self, command, files, capsys):
+        blind = [*command("I2V"), "--lora_base_model", "dit", "--extra_inputs", "input_image", "--max_train_steps", "1"]
+        blind[blind.index("--model_paths") + 1] = json.dumps([str(files[name]) for name in ("I2V", "vae", "text")])
+        assert main(blind) == 0
+        assert "does not look at input_image" in capsys.readouterr().err
+
     def test_whole_parts_are_loaded_as_published(self, command, tmp_path):
         vace = ["--trainable_models", "dit,vace", "--extra_inputs", "vace_video,vace_video_mask"]
         assert main([*command("VACE"), *vace]) == 0

@@ -15,7 +15,7 @@ from ...wan_core.training.clips import Library
 from ...wan_core.training.dataset import Item, files_below, list_items
 from ...wan_core.training.examples import Encoders, Examples, embedded, prepare
 from ...wan_core.training.framing import Framing
-from ...wan_core.training.inputs import Piece, check_inputs, columns
+from ...wan_core.training.inputs import Piece, check_inputs, columns, looked_at
 from ...wan_core.training.samples import Sample
 from ...wan_core.training.survey import survey
 from ..host.standalone import host
@@ -66,6 +66,11 @@ def encoded(
         host.say(sentence)
     if not pieces:
         raise InputError("There is nothing to train on.")
+    if model.layout.image_tokens and encoders.image_encoder is None and (unseen := looked_at(options.extra_inputs)):
+        host.say(
+            f"No image encoder is among the models: what is trained does not look at {' and '.join(unseen)}. "
+            "Name models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth too, as the model was made with it."
+        )
     with host.attached(encoders.vae, room_for(pieces, encoders.vae)):
         first, _ = prepare([pieces[0].item], framing, encoders, cache, options.extra_inputs)
         first.check(model.module)

@@ -180,6 +180,11 @@ ENCODED = {
 }
 
 
+def looked_at(names: Sequence[str]) -> list[str]:
+    """Those of the inputs that models look at with the image encoder."""
+    return [name for name in names if (kind := ENCODED.get(INPUTS[name].condition)) and kind.looks]
+
+
 # ---------------------------------------------------------------- conditions that are a few values
 
 
