@@ -315,6 +315,7 @@ class TestLogs:
             train(lora(), Clips(), settings, tmp_path, stop_at(5))
         with (tmp_path / "losses.csv").open("a") as file:
             file.write("6,1,0.5,0.1,1.0,0.1\n7,1,0.")  # beyond the checkpoint, and torn
+        (tmp_path / ".losses.part.csv").write_text("of a process that was killed")
         losses = train(lora(), Clips(), settings, tmp_path)
         with (tmp_path / "losses.csv").open() as file:
             rows = list(csv.DictReader(file))

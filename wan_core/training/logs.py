@@ -29,12 +29,13 @@ class Log:
 
     def step(self, facts: Mapping[str, float]) -> None:
         """A step is done: a number for each of LOSS_COLUMNS."""
-        append(self.folder / LOSSES, [[facts[column] for column in LOSS_COLUMNS]])
+        write(self.folder / LOSSES, [[facts[column] for column in LOSS_COLUMNS]], "a")
         self._show(facts["step"], {f"train/{name}": facts[name] for name in LOSS_COLUMNS[2:]})
 
     def validation(self, step: int, losses: Mapping[tuple[float, float], float]) -> None:
         """The loss on held-out clips for each range of noise levels."""
-        append(self.folder / VALIDATION, [[step, low, high, loss] for (low, high), loss in losses.items()])
+        rows = [[step, low, high, loss] for (low, high), loss in losses.items()]
+        write(self.folder / VALIDATION, rows, "a")
         self._show(step, {f"validation/{low:g}-{high:g}": loss for (low, high), loss in losses.items()})
 
     def close(self) -> None:
@@ -71,9 +72,9 @@ def read(file: Path) -> list[dict[str, str]]:
 
 def shorten(file: Path, columns: Sequence[str], done: int) -> None:
     rows = [[row[column] for column in columns] for row in read(file) if int(row["step"]) <= done]
-    write_whole({file: lambda path: append(path, [columns, *rows])})
+    write_whole({file: lambda path: write(path, [columns, *rows], "w")})
 
 
-def append(file: Path, rows: Sequence[Sequence[object]]) -> None:
-    with file.open("a", newline="", encoding="utf-8") as stream:
+def write(file: Path, rows: Sequence[Sequence[object]], mode: str) -> None:
+    with file.open(mode, newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(rows)
