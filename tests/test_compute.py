@@ -83,3 +83,10 @@ def test_importing_asks_for_no_gpu():
         "import comfyui_wanflow.wan_core.sampling.loop, comfyui_wanflow.wan_core.loading.load"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_free_memory():
+    """Of main memory what is left of it, where the system tells; of devices without a memory of their own nothing."""
+    free = compute.free_memory(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
+    assert compute.free_memory(torch.device("meta")) is None

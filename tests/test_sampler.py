@@ -47,7 +47,7 @@ class FakeModel:
     """What the sampler uses of a WanModel, around any trunk."""
 
     device, compute_dtype, attention = torch.device("cpu"), torch.float32, "auto"
-    cache = windows = None
+    cache = windows = compile = None
 
     def __init__(self, trunk):
         self.trunk, self.layout, self.attachments = trunk, trunk.layout, []

@@ -120,3 +120,15 @@ def device_memory(device: torch.device) -> tuple[int, int] | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be taken on a device; None where nobody tells: of main memory only Linux does."""
+    if device.type != "cpu":
+        memory = device_memory(device)
+        return memory and memory[1]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None

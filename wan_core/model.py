@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compute import device_memory
+from .compute import free_memory
 from .errors import ModelError
 from .loading.catalog import Preset
 from .lora import Lora, Loras, fit, worked_in
@@ -335,11 +335,11 @@ class WanVAE(Engine):
 
     def _fits(self, room: Callable[..., int]) -> Callable[[Size], bool]:
         """Whether there is memory now, by the estimate `room`, to work on (height, width) latents at once."""
-        memory, width = device_memory(self.device), self.module.encoder.conv1.out_channels
+        free, width = free_memory(self.device), self.module.encoder.conv1.out_channels
 
         def fits(size: Size) -> bool:
             picture = tuple(SPATIAL_STRIDE * side for side in size)
-            return memory is None or room(width, picture, self.compute_dtype) <= memory[1]
+            return free is None or room(width, picture, self.compute_dtype) <= free
 
         return fits
 

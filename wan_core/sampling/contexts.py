@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -17,13 +17,13 @@ class Contexts:
     """For each of the texts (b, L, text width) of a run a place to keep what follows from it; for `Run.kept`.
 
     Nothing is kept where weights travel, because the memory serves them better; where there is not enough of it beside
-    `room` bytes for the rest of the run; nor for compiled blocks, which are one program for all.
+    `room()` bytes for the rest of the run; nor for compiled blocks, which are one program for all.
     """
 
-    def __init__(self, model: WanModel, texts: Sequence[Tensor], room: int):
+    def __init__(self, model: WanModel, texts: Sequence[Tensor], room: Callable[[], int]):
         memory = device_memory(model.device)
         fits = memory is None or (
-            model.resident_bytes() == model.total_bytes() and room + contexts_room(model, texts) <= memory[1]
+            model.resident_bytes() == model.total_bytes() and room() + contexts_room(model, texts) <= memory[1]
         )
         self.kept: list[dict | None] = [{} if fits and model.compile is None else None for _ in texts]
 

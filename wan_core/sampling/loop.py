@@ -117,7 +117,7 @@ def sample(
     share = Share() if team is None else team.share(calls, model.layout.heads)
     run = Run(compute_dtype=model.compute_dtype, attention=model.attention, parallel=share.tokens)
     with model.attached(device) as network:
-        contexts = Contexts(model, texts, working_room(model, latent.shape, settings, conditions))
+        contexts = Contexts(model, texts, lambda: working_room(model, latent.shape, settings, conditions))
 
         def relieve() -> bool:
             relieved = team is None and (contexts.drop() or model.relieve())
