@@ -13,7 +13,7 @@ from pathlib import Path
 runpy.run_path(str(Path(__file__).with_name("conftest.py")))
 
 import torch  # noqa: E402
-from comfyui_wanflow.wan_core.parallel.talk import Lost  # noqa: E402
+from comfyui_wanflow.wan_core.errors import Lost  # noqa: E402
 from comfyui_wanflow.wan_core.parallel.team import Team, join  # noqa: E402
 from comfyui_wanflow.wan_core.sampling.teacache import TeaCache  # noqa: E402
 from comfyui_wanflow.wan_core.sampling.windows import Windows  # noqa: E402

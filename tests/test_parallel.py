@@ -17,7 +17,7 @@ from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.headless.runner import Runner
 from comfyui_wanflow.nodes.host import io
 from comfyui_wanflow.nodes.host.standalone import StandaloneHost
-from comfyui_wanflow.wan_core.errors import InputError
+from comfyui_wanflow.wan_core.errors import InputError, Lost
 from comfyui_wanflow.wan_core.models.compiled import Compile
 from comfyui_wanflow.wan_core.parallel.sequence import Sequence
 from comfyui_wanflow.wan_core.parallel.team import Share, Team, join
@@ -86,9 +86,12 @@ def test_who_can_share_what():
 def test_each_needs_a_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "1"}.items():
+    for name, value in {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="this computer has 2 for 3. Start as many processes as there are cards"):
+        join()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(Lost):  # the first has said it
         join()
 
 

@@ -23,3 +23,7 @@ class ModelError(WanError):
 
 class MemoryShortage(WanError):
     """Memory ran out, and everything that could be given back was."""
+
+
+class Lost(WanError):
+    """Another of several processes has ended, or will. It says why; this one only follows."""

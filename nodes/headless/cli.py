@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ...wan_core.errors import FileError, WanError
+from ...wan_core.errors import FileError, Lost, WanError
 from ..host.standalone import Interrupted, host
 from . import together
 from .convert import add_convert, convert
@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     except WorkflowError as error:
         complain("This cannot run:", *(f"  - {problem}" for problem in error.problems))
         return INVALID
+    except Lost:
+        return ERROR
     except WanError as error:
         complain(str(error))
         return ERROR
@@ -113,7 +115,7 @@ def run_command(options: argparse.Namespace) -> int:
     try:
         files = runner.run(workflow).files
     except NodeError as error:
-        if together.is_follower(error.__cause__):
+        if isinstance(error.__cause__, Lost):
             return ERROR
         if not isinstance(error.__cause__, WanError):  # not foreseen, so whoever mends it needs to know where
             complain("".join(traceback.format_exception(error.__cause__)).rstrip())
@@ -213,8 +215,8 @@ def stop_on_interrupt() -> None:
 
 
 def complain(*lines: str) -> None:
-    """On stderr. Of several processes, in which the same goes wrong, one complains."""
-    if host.team.speaks if host.team else together.is_first():
+    """On stderr. Of the processes that sample together, in which the same goes wrong, the first one complains."""
+    if host.team is None or host.team.speaks:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 

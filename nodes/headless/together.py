@@ -29,13 +29,6 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_follower(error: BaseException | None) -> bool:
-    """Whether this process only ends because another one has, which says why."""
-    from ...wan_core.parallel.talk import Lost
-
-    return isinstance(error, Lost)
-
-
 def wanflow(arguments: list[str]) -> list[str]:
     return [sys.executable, "-m", f"{__package__}.cli", *arguments]
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..errors import WanError
-
-
-class Lost(WanError):
-    """Another process has ended. It says why; this one only follows."""
+from ..errors import Lost
 
 
 @contextmanager

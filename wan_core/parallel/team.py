@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..errors import InputError
+from ..errors import InputError, Lost
 from ..models.dit import Alone
 from .sequence import Sequence
-from .talk import Lost, collected, talking
+from .talk import collected, talking
 
 PATIENCE = timedelta(days=1)  # one process may wait for another that downloads a model
 WAYS = ("auto", "prompts", "tokens")
@@ -130,7 +130,7 @@ def join(way: str = "auto") -> Team | None:
     if torch.cuda.is_available():
         here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", size)), torch.cuda.device_count()
         if here > cards:
-            raise InputError(
+            raise (InputError if os.environ.get("RANK") == "0" else Lost)(
                 f"Each process needs a graphics card of its own, and this computer has {cards} for {here}. "
                 "Start as many processes as there are cards."
             )
@@ -140,5 +140,3 @@ def join(way: str = "auto") -> Team | None:
         dist.init_process_group(store=dist.PrefixStore("torch", store), rank=rank, world_size=size, timeout=PATIENCE)
     return Team(rank, size, dist.PrefixStore("wanflow", store), way)
 
-
-__all__ = ["WAYS", "Lost", "Share", "Team", "join"]
