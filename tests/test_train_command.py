@@ -214,6 +214,22 @@ class TestTraining:
         assert main([*tiny, "--model", "WanTiny", "--lora_base_model", "dit"]) == 1
         assert "did you mean 'WanTiny-T2V'" in capsys.readouterr().err
 
+    def test_two_processes_are_one_with_twice_the_batches(self, command, tmp_path, monkeypatch, capfd):
+        """Really started; the first prepares the data and tells, the second finds all of it."""
+        (tmp_path / "python").mkdir()
+        (tmp_path / "python" / "comfyui_wanflow").symlink_to(ROOT)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "python"))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        start = [*command("T2V"), "--lora_base_model", "dit", "--lora_target_modules", "q", "--dataset_repeat", "2"]
+        assert main([*start, "--processes", "2"]) == 0
+        printed = capfd.readouterr()
+        assert printed.out.split() == ["out/epoch-0.safetensors"] and printed.err.count("Clips: 2") == 1
+        assert main([*start, "--gradient_accumulation_steps", "2", "--output_path", "alone"]) == 0
+        one, other = (load_file(tmp_path / name / "epoch-0.safetensors") for name in ("out", "alone"))
+        for name, value in one.items():
+            assert (value - other[name]).abs().max() <= 1e-5, name
+
     def test_a_model_that_does_not_look_is_told(self, command, files, capsys):
         blind = [*command("I2V"), "--lora_base_model", "dit", "--extra_inputs", "input_image", "--max_train_steps", "1"]
         blind[blind.index("--model_paths") + 1] = json.dumps([str(files[name]) for name in ("I2V", "vae", "text")])
