@@ -92,7 +92,8 @@ def _count(shapes: Shapes, prefix: str) -> int:
 
 
 def _lora(shapes: Shapes) -> Identity | None:
-    if not any(name.endswith(LORA_ENDS) or any(part in name for part in LORA_PARTS) for name in shapes):
+    text = "\n".join([*shapes, ""])  # searching one text is many times as fast as searching each name
+    if not any(part in text for part in (*LORA_PARTS, *(f"{end}\n" for end in LORA_ENDS))):
         return None
     downs = {name: shape for name, shape in shapes.items() if LORA_DOWN.search(name)}
     ranks = sorted({shape[0] for shape in downs.values()})
@@ -111,8 +112,9 @@ def _bundle(shapes: Shapes) -> Identity | None:
 
 
 def _stranger(shapes: Shapes) -> Identity | None:
+    text = "\n".join(shapes)
     for part, model in STRANGERS:
-        if any(part in name for name in shapes):
+        if part in text:
             return Identity("unknown", f"not a Wan 2.1 model but {model}")
     return None
 

@@ -156,12 +156,8 @@ def is_marker(name: str) -> bool:
 
 def bundled(names: Iterable[str]) -> dict[str, str]:
     """Kind of model -> its prefix, where a file holds models of several kinds; nothing where it holds one."""
-    found = {
-        kind: prefix
-        for kind, prefixes in BUNDLED.items()
-        for prefix in prefixes
-        if any(name.startswith(prefix) for name in names)
-    }
+    text = "\n".join(["", *names])
+    found = {kind: prefix for kind, prefixes in BUNDLED.items() for prefix in prefixes if f"\n{prefix}" in text}
     return found if len(found) > 1 else {}
 
 
