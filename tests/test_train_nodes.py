@@ -1,8 +1,11 @@
 """Training in the graph: what the nodes show and give, stopping and going on, and what is saved."""
 
+import dataclasses
 import json
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +24,16 @@ from comfyui_wanflow.wan_core.loading.lora_files import KEY_FORMATS, load_lora
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
 from comfyui_wanflow.wan_core.sampling.loop import Settings, sample
 from comfyui_wanflow.wan_core.sheet import video_sheet
+from comfyui_wanflow.wan_core.training import samples
+from comfyui_wanflow.wan_core.training.cache import Cache
+from comfyui_wanflow.wan_core.training.examples import Encoders, prepare
 from comfyui_wanflow.wan_core.training.logs import read_losses
 from comfyui_wanflow.wan_core.training.loss_chart import curve, loss_chart
 from comfyui_wanflow.wan_core.training.results import results
 from safetensors import safe_open
 from toy_data import SCENES, SIZE, save_random, write_data, write_encoders
 
+ROOT = Path(__file__).resolve().parents[1]
 LAYOUT = DiTLayout(dim=128, ffn_dim=64, layers=2, heads=1, text_dim=8)
 
 
@@ -162,6 +169,17 @@ class TestTraining:
         for shown in output.ui["wanflow_training"][0]["samples"]:
             assert (tmp_path / shown["subfolder"] / shown["filename"]).is_file()
 
+    def test_samples_of_an_image_model_begin_with_the_clip_s_own_picture(self, engines, tmp_path, monkeypatch):
+        layout = dataclasses.replace(LAYOUT, in_dim=36, image_tokens=True)
+        model = load_model(save_random(DiT(layout), tmp_path / "image.safetensors"), device="cpu")
+        given = []
+        monkeypatch.setattr(samples, "sample", lambda *inputs: given.append(inputs) or torch.zeros(1, 16, 2, 4, 4))
+        train({**engines, "model": model}, extra_inputs="input_image", epochs=1, sample_every=1)
+        (_, text, _, latent, _, (condition,), *_), *_ = given
+        example = prepare_first(engines)
+        assert torch.equal(text, example.text) and latent.shape == example.latents.shape
+        assert torch.equal(condition.latents, example.conditions[0].latents)
+
     def test_goes_on_as_if_it_had_not_been_stopped(self, engines, tmp_path, monkeypatch):
         whole = train(engines, folder="whole").args[0]
         with monkeypatch.context() as patch:
@@ -214,6 +232,12 @@ class TestTraining:
     def test_what_is_missing_from_the_table_is_told(self, engines, files):
         with pytest.raises(InputError, match="There is no extra input 'picture'"):
             train(engines, extra_inputs="picture")
+
+
+def prepare_first(engines):
+    """The first example as the node prepares it."""
+    dataset, encoders = data().args[0], Encoders(engines["vae"], engines["text_encoder"])
+    return prepare(dataset.items, dataset.framing, encoders, Cache(Path(train_node.CACHE)), ["input_image"])[0][0]
 
 
 def stop_after(steps, folder):
@@ -294,6 +318,15 @@ class TestPictures:
 
 class TestPage:
     """What goes to the page in the browser, and comes from it."""
+
+    def test_both_sides_use_the_same_names(self, engines):
+        script = (ROOT / "web" / "training.js").read_text()
+        source = (ROOT / "nodes" / "host" / "live.py").read_text()
+        assert '"wanflow.training"' in script and '"wanflow.training"' in source
+        assert "/wanflow/finish/${" in script and '"/wanflow/finish/{node}"' in source
+        assert f'"{Train.GET_SCHEMA().node_id}"' in script and "wanflow_training" in script
+        (state,) = train(engines, epochs=1).ui["wanflow_training"]
+        assert set(re.findall(r"state\.(\w+)", script)) <= set(state)
 
     def test_states_go_to_the_page_that_queued(self, monkeypatch):
         sent = []
