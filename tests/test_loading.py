@@ -326,6 +326,23 @@ class TestEngines:
         assert megabytes("RssAnon") - own < 8
         assert megabytes("VmHWM") - before < 1.1 * size
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_a_converted_model_is_held_once(self, tmp_path):
+        """While 60 MB of fp32 become 30 MB of fp16, the file's pages go as the copy grows."""
+
+        def megabytes(field):
+            return int(next(x for x in open("/proc/self/status") if x.startswith(field)).split()[1]) / 1024
+
+        with torch.device("meta"):
+            weights = DiT(replace(DIT, dim=512, ffn_dim=2048, heads=4)).state_dict()
+        path = write_sparse(tmp_path / "a.safetensors", {name: tuple(x.shape) for name, x in weights.items()})
+        size = path.stat().st_size / 2**20
+        Path("/proc/self/clear_refs").write_text("5")
+        before = megabytes("VmRSS")
+        model = load_model(path, "fp16", device="cpu")
+        assert megabytes("VmHWM") - before < 0.8 * size
+        assert model.trunk.blocks[0].ffn[0].weight.dtype == torch.float16
+
     def test_a_whole_umt5(self, tmp_path, files, weights):
         """Encoder and decoder in Hugging Face's names: the decoder stays unread."""
         rules = {

@@ -62,6 +62,10 @@ class Checkpoint:
         stored = self.stored(name)
         return stored.numbers() if isinstance(stored, Packed) else stored
 
+    def forget(self, name: str) -> None:
+        """Give back the memory of a tensor that is not needed any more; it can be read again."""
+        self._entries[name].forget()
+
     def stored(self, name: str) -> Tensor | Packed:
         """The tensor or packed weight, backed by the mapped file. Usable for training even inside inference mode."""
         with torch.inference_mode(False):

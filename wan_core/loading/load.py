@@ -177,7 +177,10 @@ def build(make: Callable[[], nn.Module], checkpoint: Checkpoint, weight_dtype: s
     with torch.inference_mode(False), torch.no_grad():
         tensors, narrow = {}, matrices(module)
         for name in module.state_dict():
-            stored = kept(name, checkpoint.stored(name), wanted, narrow)
+            found = checkpoint.stored(name)
+            stored = kept(name, found, wanted, narrow)
+            if stored is not found:  # converted: of file and copy only one shall take memory
+                checkpoint.forget(name)
             if isinstance(stored, Packed):
                 if keep_packed(module, name, stored):
                     continue

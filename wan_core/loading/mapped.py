@@ -39,12 +39,17 @@ def type_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, not read yet. `packing` names how its numbers are packed, "" where they lie plainly."""
+    """One tensor of a file, not read yet.
+
+    `packing` names how its numbers are packed, "" where they lie plainly. `forget` gives back the memory of its part of
+    the file, which is read again if it is wanted again.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor | Packed]
     packing: str = ""
+    forget: Callable[[], None] = lambda: None
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -62,13 +67,14 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise _damaged(path)
     mapped = map_file(path)
     entries = {}
-    for name, (stored_type, shape, begin, _) in rows.items():
+    for name, (stored_type, shape, begin, end) in rows.items():
         if stored_type not in DTYPES:
             raise FileError(
                 f"{path} stores '{name}' as {stored_type}, which WanFlow cannot read. Take the bf16 or fp16 file."
             )
         dtype = DTYPES[stored_type]
-        entries[name] = Entry(shape, dtype, partial(view, mapped, start + begin, shape, dtype))
+        read = partial(view, mapped, start + begin, shape, dtype)
+        entries[name] = Entry(shape, dtype, read, forget=partial(give_back, mapped, start + begin, start + end))
     return entries, metadata
 
 
@@ -120,3 +126,10 @@ def view(mapped: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: torch.dt
     if not count:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def give_back(mapped: mmap.mmap, begin: int, end: int) -> None:
+    """Let the system have the memory of this part again, as far as it fills whole pages. Changes to it are lost."""
+    begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
