@@ -19,7 +19,7 @@ from ..wan_core.training.loss_chart import loss_chart
 from ..wan_core.training.memory import training_memory
 from ..wan_core.training.optimizers import OPTIMIZERS
 from ..wan_core.training.rates import SCHEDULES
-from ..wan_core.training.results import captioned, results
+from ..wan_core.training.results import captioned, latest
 from ..wan_core.training.samples import sample_like
 from ..wan_core.training.trainee import KINDS, LORA_TARGETS, Trainee, mixed
 from .dataset import CACHE, TrainingData
@@ -272,12 +272,12 @@ def new_trainee(model: Any, mode: str, parts: list[str], also_full: list[str], c
 
 def finished(trainee: Trainee, model: Any, mode: str, place: Path, watch: Watch) -> io.NodeOutput:
     """What the node gives: the last that was saved."""
-    _, file = results(place)[-1]
+    losses = read_losses(place)
+    file = latest(place, len(losses))
     lora, result = None, trainee.model
     if mode in KINDS:
         lora = replace(load_lora(file), name=place.name)
         result = replace(result, loras=(*model.loras, (lora, 1.0)))
-    losses = read_losses(place)
     host.say(f"{len(losses)} steps are done; the last is saved as {file}.")
     chart = loss_chart(losses).to(host.intermediate_device())
     return io.NodeOutput(lora, result, chart, str(place), ui={"wanflow_training": [watch.state(ended=True)]})

@@ -203,6 +203,15 @@ class TestTraining:
         train(engines)
         assert len(read_losses(tmp_path / "training/toy")) == 4
 
+    def test_files_of_an_earlier_training_are_not_taken_for_its_own(self, engines, tmp_path):
+        first = train(engines, epochs=3).args[0]
+        (tmp_path / "training/toy/training.pt").unlink()  # what the sentence says that begins anew
+        second = train(engines, epochs=1, train_seed=1).args[0]
+        name = next(iter(first.changes))
+        assert not torch.equal(first.changes[name].down, second.changes[name].down)
+        saved = load_lora(tmp_path / "training/toy/epoch-0.safetensors")
+        assert torch.equal(second.changes[name].down, saved.changes[name].down)
+
     def test_another_training_needs_another_folder(self, engines):
         train(engines, epochs=1)
         with pytest.raises(InputError, match="other settings"):

@@ -26,6 +26,14 @@ def results(folder: Path) -> list[tuple[int, Path]]:
     return sorted((steps_of(file), file) for file in files)
 
 
+def latest(folder: Path, steps: int) -> Path:
+    """What was saved last after so many steps. Files of an earlier training may lie there too."""
+    files = [file for done, file in results(folder) if done == steps]
+    if not files:
+        raise FileError(f"Nothing in {folder} was saved after {steps} steps. Was a file moved away? Train once more.")
+    return max(files, key=lambda file: file.stat().st_mtime_ns)
+
+
 def steps_of(file: Path) -> int:
     try:
         with safe_open(file, "pt") as stored:
