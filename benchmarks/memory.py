@@ -89,23 +89,21 @@ CPU = (
     Case("sampling", (832, 480, 1), layers=4),
     Case("sampling", (832, 480, 1), "14B", layers=2, compute="bfloat16"),
     Case("sampling", (832, 480, 9), layers=2, compute="bfloat16"),
-    Case("sampling", (832, 480, 5), layers=2, compute="bfloat16", beside="merged"),
-    Case("sampling", (832, 480, 5), layers=2, compute="bfloat16", beside="reference"),
     Case("sampling", (832, 480, 5), layers=2, compute="bfloat16", beside="vace"),
-    Case("sampling", (832, 480, 5), layers=2, compute="bfloat16", beside="teacache"),
+    Case("sampling", (832, 480, 5), layers=1, compute="bfloat16", beside="merged"),
+    Case("sampling", (832, 480, 5), layers=1, compute="bfloat16", beside="reference"),
+    Case("sampling", (832, 480, 5), layers=1, compute="bfloat16", beside="teacache"),
     Case("sampling", (832, 480, 17), layers=1, compute="bfloat16", beside="windows"),
-    Case("sampling", (832, 480, 21), layers=1, compute="bfloat16"),
-    Case("sampling", (832, 480, 5), "14B", layers=1, compute="bfloat16", beside="i2v"),
-    Case("sampling", (832, 480, 5), layers=2, dtype=FP32),
-    Case("sampling", (832, 480, 5), layers=2),
+    Case("sampling", (832, 480, 33), layers=1, compute="bfloat16"),
+    Case("sampling", (832, 480, 1), "14B", layers=1, compute="bfloat16", beside="i2v"),
+    Case("sampling", (832, 480, 5), layers=1, dtype=FP32),
+    Case("sampling", (832, 480, 1), compute="bfloat16"),
     Case("decoding", (128, 128, 9), dtype=FP32),
     Case("decoding", (256, 256, 5), dtype=FP32),
     Case("decoding", (832, 480, 1), dtype=FP32),
+    Case("decoding", (416, 240, 5), dtype=FP32),
     Case("encoding", (256, 256, 5), dtype=FP32),
     Case("encoding", (832, 480, 1), dtype=FP32),
-    Case("decoding", (416, 240, 5), dtype=FP32),
-    Case("decoding", (416, 240, 5), dtype=FP32, beside="tiled"),
-    Case("sampling", (832, 480, 1), compute="bfloat16"),
 )
 CUDA = tuple(
     Case("sampling", (*size, 81), model, limit=limit)
@@ -118,7 +116,7 @@ CUDA = tuple(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="cases whose name holds this; the table keeps its other rows")
     parser.add_argument("--folder", type=Path, help="where the random weights are kept (a temporary folder)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -130,10 +128,10 @@ def main() -> None:
         raise SystemExit("There is no CUDA card here: nothing was measured.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        rows = []
+        rows = kept_rows(options.device) if options.only else {}
         for case in cases.values():
-            rows.append(in_fresh_process(case, options.device, folder))
-            keep(rows, options.device)
+            rows[case.name] = in_fresh_process(case, options.device, folder)
+            keep([*rows.values()], options.device)
 
 
 def in_fresh_process(case: Case, device: str, folder: Path) -> dict:
@@ -146,12 +144,22 @@ def in_fresh_process(case: Case, device: str, folder: Path) -> dict:
     return row
 
 
+def kept_rows(device: str) -> dict[str, dict]:
+    """Of the last run, to which some cases are added."""
+    file = HERE / "results" / f"{table_name(device)}.json"
+    return {row["case"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+
+
+def table_name(device: str) -> str:
+    return "memory" if device == "cpu" else "memory_cuda"
+
+
 def off(row: dict) -> float:
     return row["planned"] / row["measured"] - 1
 
 
 def keep(rows: list[dict], device: str) -> None:
-    name = "memory" if device == "cpu" else "memory_cuda"
+    name = table_name(device)
     changed = git("status", "--porcelain", "-uno", "--", HERE.parent / "wan_core", HERE.parent / "nodes")
     facts = {
         "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
@@ -263,7 +271,8 @@ def prepared(case: Case, engine, machine) -> tuple[Phase, object]:
     if case.kind == "decoding":
         phase = decoding_phase(engine, shape, free_for(engine, machine), **tiling)
         return phase, lambda: engine.decode(torch.randn(shape), **tiling)
-    settings = Settings(0, 3 if case.beside == "teacache" else 1, 5.0 if case.beside == "merged" else 1.0,
+    # in the second step all weights have been read, when the first of them are widened again
+    settings = Settings(0, 3 if case.beside == "teacache" else 2, 5.0 if case.beside == "merged" else 1.0,
                         cfg_merge=case.beside == "merged")  # fmt: skip
     conditions = conditions_of(case, shape)
     text = torch.randn(1, 100, 4096)
