@@ -85,15 +85,23 @@ class Server:
         return json.loads(text) if text else None
 
     def run(
-        self, graph: dict, workflow: dict | None = None, on_step: Callable[[str, int], None] = lambda node, step: None
+        self,
+        graph: dict,
+        workflow: dict | None = None,
+        on_step: Callable[[str, int], None] = lambda node, step: None,
+        on_message: Callable[[str, Any], None] = lambda kind, data: None,
     ) -> Run:
-        """Queues a graph as the front end does and waits for its end; `on_step(node, step)` sees the progress."""
+        """Queues a graph as the front end does and waits for its end.
+
+        `on_step(node, step)` sees the progress, of which newer versions skip some; `on_message` all that is told.
+        """
         client, run = uuid.uuid4().hex, Run()
         events = self.events(client)
         next(events)  # the greeting: from now on nothing is missed
         extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         prompt = self.ask("/prompt", {"prompt": graph, "client_id": client, "extra_data": extra})["prompt_id"]
         for kind, data in events:
+            on_message(kind, data)
             if kind == "preview":
                 run.previews += 1
             elif kind == "progress":

@@ -13,7 +13,6 @@ COMFYUI = os.environ.get("COMFYUI_PATH")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 EXAMPLE = ROOT / "example_workflows/api/train_and_use.json"
 TINY = ROOT / "wan_core/tiny/weights/diffusion_pytorch_model.safetensors"
-CLIPS = 24  # in the example's folder
 EQUAL = 1e-4  # relative, of the LoRA's effect on a sampled latent: both compute in fp32, by other kernels
 
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH does not name a ComfyUI folder")
@@ -61,40 +60,37 @@ def losses(server, folder):
     return [line.split(",")[2] for line in lines[1:]]
 
 
-def at_step(graph, step, act):
-    """Calls `act` when a step of the training is announced; before that come its clips, counted too."""
-    train, announced = id_of(graph, "WanFlowTrain"), []
+def while_it_trains(act):
+    """Calls `act` once, when the page is told of the training's first steps."""
+    told = []
 
-    def on_step(id, number):
-        if id == train:
-            announced.append(number)
-            if number == step and CLIPS in announced:
-                act()
+    def on_message(kind, data):
+        if kind == "wanflow.training" and data.get("curve") and not told:
+            told.append(data)
+            act()
 
-    return on_step
+    return on_message
 
 
 def test_it_trains_saves_and_shows(server, trained):
     run, graph = trained
-    steps = [step for id, step in run.steps if id == id_of(graph, "WanFlowTrain")]
-    assert steps[-6:] == list(range(1, 7))  # after the clips, that are counted too
+    assert run.steps[-1] == (id_of(graph, "WanFlowTrain"), 6)
     (state,) = run.outputs[id_of(graph, "WanFlowTrain")]["wanflow_training"]
     assert state["text"].startswith("step 6 of 6") and len(state["curve"]) == 6 and not state["running"]
     for sample in state["samples"]:
         assert (server.base / "output" / sample["subfolder"] / sample["filename"]).stat().st_size > 500
-    assert {"training/first/losses.csv"} <= {str(p.relative_to(server.base / "output"))
-                                             for p in (server.base / "output/training/first").iterdir()}  # fmt: skip
+    assert len(losses(server, "training/first")) == 6
     shown = run.outputs[id_of(graph, "WanFlowDataset")]["images"]
     assert shown[0]["type"] == "temp"
 
 
 def test_cancelled_it_keeps_everything_and_goes_on(server, trained):
-    whole, stopped = (training(folder=f"training/{name}", epochs=3, rank=2) for name in ("whole", "stopped"))
+    whole, stopped = (training(folder=f"training/{name}", epochs=20, rank=2) for name in ("whole", "stopped"))
     assert server.run(whole).status == "execution_success"
-    run = server.run(stopped, on_step=at_step(stopped, 4, lambda: server.ask("/interrupt", {})))
+    run = server.run(stopped, on_message=while_it_trains(lambda: server.ask("/interrupt", {})))
     assert run.status == "execution_interrupted"
     done = len(losses(server, "training/stopped"))
-    assert 4 <= done < 9 and (server.base / f"output/training/stopped/step-{done}.safetensors").is_file()
+    assert 1 <= done < 60 and (server.base / f"output/training/stopped/step-{done}.safetensors").is_file()
     assert server.run(stopped).status == "execution_success"
     assert losses(server, "training/stopped") == losses(server, "training/whole")
 
@@ -102,9 +98,9 @@ def test_cancelled_it_keeps_everything_and_goes_on(server, trained):
 def test_finished_early_the_graph_goes_on(server, trained):
     graph = training(folder="training/finished", epochs=300, rank=2)
     finish = f"/wanflow/finish/{id_of(graph, 'WanFlowTrain')}"
-    run = server.run(graph, on_step=at_step(graph, 3, lambda: server.ask(finish, {})))
+    run = server.run(graph, on_message=while_it_trains(lambda: server.ask(finish, {})))
     assert run.status == "execution_success", run.error
-    assert 3 <= len(losses(server, "training/finished")) < 100
+    assert 1 <= len(losses(server, "training/finished")) < 900
     assert run.outputs[id_of(graph, "WanFlowSaveLora")]["loras"]
 
 
