@@ -10,11 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from comfyui_wanflow.nodes.headless import together
-from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.headless.runner import Runner
+from comfyui_wanflow.nodes.headless.validate import WorkflowError
 from comfyui_wanflow.nodes.host import io
 from comfyui_wanflow.nodes.host.standalone import StandaloneHost
 from comfyui_wanflow.wan_core.errors import InputError, Lost
@@ -37,11 +38,11 @@ def found(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    known = os.environ | {"WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    known = {"WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    known |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER), str(file)]
     workers = [
-        subprocess.Popen(command, env=known | {"RANK": str(i), "OMP_NUM_THREADS": "1"}, cwd=WORKER.parent)
-        for i in range(SIZE)
+        subprocess.Popen(command, env=os.environ | known | {"RANK": str(i)}, cwd=WORKER.parent) for i in range(SIZE)
     ]
     for worker in workers:
         worker.wait(300)
@@ -119,27 +120,40 @@ def test_compiled_blocks_share_too(group, monkeypatch):
 # ---- whole runs -------------------------------------------------------------------------------------------------
 
 
-def test_a_workflow_is_saved_once(tmp_path, monkeypatch, capsys):
-    """`wanflow run quickstart --processes 2`, against one process."""
+@pytest.fixture
+def quickstart(tmp_path, monkeypatch):
+    """`quickstart(processes)`: the command in a new Python -> what it printed, and the pictures (5, 32, 32, 3)."""
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "comfyui_wanflow").symlink_to(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "python"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.chdir(tmp_path)
     settings = {"6.width": 32, "6.height": 32, "6.num_frames": 5, "7.steps": 1, "9.format": "png"}
-    command = ["run", "quickstart", *(x for name, value in settings.items() for x in ("--set", f"{name}={value}"))]
-    done = subprocess.run(
-        [sys.executable, "-m", "comfyui_wanflow", *command, "--output-dir", "two", "--processes", "2"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"two/quickstart_00001_{i:04}.png" for i in range(5)]
+    command = [sys.executable, "-m", "comfyui_wanflow", "run", "quickstart"]
+    command += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+    def run(processes):
+        arguments = ["--output-dir", f"in{processes}", "--processes", str(processes)]
+        done = subprocess.run(command + arguments, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        pictures = [numpy.array(Image.open(tmp_path / name)) for name in done.stdout.splitlines()]
+        return done, torch.tensor(numpy.stack(pictures)).float()
+
+    return run
+
+
+def test_a_workflow_is_saved_once(quickstart, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    _, alone = quickstart(1)
+    done, together = quickstart(2)
     assert done.stderr.count("Wan Sampler") == 1
-    assert main([*command, "--output-dir", "one"]) == 0
-    pictures = [sorted((tmp_path / folder).glob("*.png")) for folder in ("one", "two")]
-    assert [len(files) for files in pictures] == [5, 5]
-    for one, two in zip(*pictures, strict=True):
-        assert Image.open(one).tobytes() == Image.open(two).tobytes()
+    assert len(list((tmp_path / "in2").iterdir())) == len(alone) == 5
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two graphics cards")
+def test_on_cards(quickstart):
+    (_, alone), (_, together) = quickstart(1), quickstart(2)
+    assert (alone - together).abs().mean() < 2  # of 255
 
 
 class Make(io.ComfyNode):
@@ -183,6 +197,33 @@ def test_others_run_for_what_is_done_together_after_the_leader_has_loaded(tmp_pa
     assert run(0) == ["1", "2"]
     other.join(10)
     assert sorted(Make.made) == ["made", "made", "saved"]
+
+
+class Train(Save):
+    @classmethod
+    def define_schema(cls):
+        lora = io.Int.Output(display_name="lora")
+        return io.Schema(node_id="Train", inputs=[], outputs=[lora], is_output_node=True)
+
+
+class Sample(Make):
+    @classmethod
+    def define_schema(cls):
+        number = io.Int.Output(display_name="number")
+        return io.Schema(node_id="Sample", inputs=[io.Int.Input("lora")], outputs=[number])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_would_be_saved_by_all_is_refused(tmp_path, rank):
+    workflow = {
+        "1": {"class_type": "Train", "inputs": {}},
+        "2": {"class_type": "Sample", "inputs": {"lora": ["1", 0]}},
+        "3": {"class_type": "Save", "inputs": {"number": ["2", 0]}},
+    }
+    host = StandaloneHost(tmp_path)
+    host.team, host.quiet = Team(rank, 2, dist.HashStore()), True
+    with pytest.raises(WorkflowError, match=r"Node 1 \(Train\) saves files, .* Run this workflow without --processes"):
+        Runner([Train, Sample, Save], host).run(workflow)
 
 
 # ---- the launcher -----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 
 from ..host.schema import ComfyNode, Hidden, HiddenHolder, Schema
 from ..host.standalone import Interrupted, StandaloneHost
-from .validate import Checks, Workflow, links, reached, validate
+from .validate import Checks, Workflow, WorkflowError, links, reached, validate
 
 LOADERS = "WanFlow/loaders"  # the category of all nodes that may download something
 
@@ -61,6 +61,8 @@ class Runner:
         sources = {id: [link[0] for link in links(workflow[id]).values()] for id in reached(workflow, infos)}
         order = list(TopologicalSorter(sources).static_order())
         outputs = {id for id in order if self.is_goal(workflow[id]["class_type"])}
+        if self.host.team is not None:
+            self.check_team(workflow, order, sources)
         with torch.inference_mode():
             keys = self.keys(workflow, order)
             self.cache = {key: self.cache[key] for key in keys.values() if key in self.cache}
@@ -104,6 +106,18 @@ class Runner:
         if self.host.team is None or self.host.team.leads:
             return self.schemas[class_type].is_output_node
         return getattr(self.classes[class_type], "WORKS_TOGETHER", False)
+
+    def check_team(self, workflow: Workflow, order: list[str], sources: dict[str, list[str]]) -> None:
+        """Raises WorkflowError where several processes would save the same file: only what comes last is saved once."""
+        shared = {id for id in order if getattr(self.classes[workflow[id]["class_type"]], "WORKS_TOGETHER", False)}
+        problems = [
+            f"node {id} ({workflow[id]['class_type']}) saves files, and Wan Sampler needs what it makes: several "
+            "processes would save at once. Run this workflow without --processes."
+            for id in wanted(order, sources, shared, set())
+            if self.schemas[workflow[id]["class_type"]].is_output_node
+        ]
+        if problems:
+            raise WorkflowError(problems)
 
     def turn(self, workflow: Workflow, id: str) -> AbstractContextManager:
         """Of several processes the first loads first: what has to be downloaded is then there for all."""
