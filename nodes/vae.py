@@ -103,7 +103,7 @@ class VAEEncode(io.ComfyNode):
         clip, note = fit_clip(images, width, height, frames, fit)
         if note:
             host.say(note)
-        pixels = clip.movedim(-1, 0)[None] * 2 - 1  # (F, H, W, 3) in 0..1 -> (1, 3, F, H, W) in -1..1
+        pixels = (clip.movedim(-1, 0)[None] * 2).sub_(1)  # (F, H, W, 3) in 0..1 -> (1, 3, F, H, W) in -1..1
         tiles = tiling(tiled, tile_size, tile_stride, rounding)
         with host.attached(vae, room(encoding_room, vae, (height, width), tiles)):
             samples = vae.encode(pixels, **tiles)  # (1, 16, T, h, w)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from comfyui_wanflow.wan_core.adapters.injection import Condition, Injection
 from comfyui_wanflow.wan_core.errors import MemoryShortage
+from comfyui_wanflow.wan_core.lora import Lora
 from comfyui_wanflow.wan_core.model import WanImageEncoder, WanModel, WanTextEncoder, WanVAE
+from comfyui_wanflow.wan_core.models.changes import Decomposed, LowRank
 from comfyui_wanflow.wan_core.models.compiled import Compile
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
@@ -80,6 +82,19 @@ def test_a_step_is_repeated_with_fewer_weights(model, step, branch):
     assert steps == [0, 1, 2]
     assert len(said) == 3 and "Memory ran out." in said[0] and "done again" in said[0]
     assert 0 < model.resident_bytes() < model.total_bytes() / 2  # at first the kept context went, then halves
+    assert_clean(model.trunk)
+
+
+def test_changed_weights_leave_and_come_back_changed(model):
+    torch.manual_seed(2)
+    low = LowRank(torch.randn(96, 2), torch.randn(2, 128))
+    turned = Decomposed(LowRank(torch.randn(128, 2), torch.randn(2, 128)), torch.rand(128))
+    changes = {"blocks.1.ffn.0.weight": low, "blocks.2.self_attn.q.weight": turned}
+    model = model.with_lora(Lora("two kinds", changes), 0.5)
+    expected = run(model)
+    with shortage(model.trunk.blocks[2], 1, 2, 3, 5):
+        assert torch.equal(run(model), expected)
+    assert model.resident_bytes() < model.total_bytes() / 4
     assert_clean(model.trunk)
 
 

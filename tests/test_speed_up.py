@@ -384,8 +384,8 @@ def test_room_for_a_run(model):
     assert working_room(model.with_cache(EAGERLY), latent, settings) == plain + kept
     assert working_room(model.with_cache(EAGERLY), latent, Settings(0, cfg=1)) == plain + kept // 2
     assert working_room(model.with_cache(replace(EAGERLY, device="cpu")), latent, settings) == plain
-    assert working_room(model.with_windows(Windows(7, 7)), latent, settings) == plain // 3
-    assert working_room(model, latent, Settings(0, cfg_merge=True)) == 2 * plain
+    assert working_room(model.with_windows(Windows(7, 7)), latent, settings) < plain  # the latents are held as a whole
+    assert plain < working_room(model, latent, Settings(0, cfg_merge=True)) < 2 * plain
 
 
 def test_nodes_make_new_handles(model):
