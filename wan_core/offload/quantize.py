@@ -72,23 +72,25 @@ def narrowed(weight: Tensor, dtype: torch.dtype, scales: str) -> dict[str, Tenso
     (rows, columns / BLOCK) bf16 (where that does not come out even, one a row)."""
     rows, columns = weight.shape
     block = BLOCK if scales == "block" and columns % BLOCK == 0 else columns
-    single = scale_of(torch.stack(torch.aminmax(weight)).abs().amax(), dtype) if scales == "tensor" else None
+    shape, kind = (rows, columns // block), torch.bfloat16 if scales == "block" else torch.float32
     bits = torch.empty(rows, columns, dtype=dtype, device=weight.device)
-    scale_type = torch.bfloat16 if scales == "block" else torch.float32
-    scale = torch.empty(rows, columns // block, 1, dtype=scale_type, device=weight.device)
-    # What arises on the way stays in the processor's cache, which makes it four times as fast
-    step = rows if weight.is_meta else max(1, CACHED // columns)
+    scale = torch.empty(() if scales == "tensor" else shape, dtype=kind, device=weight.device)
+    if weight.is_meta:
+        return {"weight": bits, "scale": scale}
+    if scales == "tensor":
+        scale.copy_(scale_of(torch.stack(torch.aminmax(weight)).abs().amax(), dtype))
+    step = max(1, CACHED // columns)  # what arises on the way stays in the processor's cache: four times as fast
     for begin in range(0, rows, step):
         some = slice(begin, begin + step)
         numbers = weight[some].float().unflatten(1, (-1, block))  # (some, blocks, block)
-        if single is None:
-            scale[some] = scale_of(numbers.abs().amax(2, keepdim=True), dtype)
-        numbers = numbers / (scale[some] if single is None else single)
+        if scales != "tensor":
+            scale[some] = scale_of(numbers.abs().amax(2), dtype)
+        numbers = numbers / (scale if scales == "tensor" else scale[some][..., None])
         if dtype == torch.int8:  # scales were rounded before they were used: what lies above the last number is cut
             limits = torch.iinfo(dtype)
             numbers.round_().clamp_(-limits.max, limits.max)
         bits[some] = numbers.flatten(1).to(dtype)
-    return {"weight": bits, "scale": scale.squeeze(2) if single is None else single}
+    return {"weight": bits, "scale": scale}
 
 
 def scale_of(most: Tensor, dtype: torch.dtype) -> Tensor:
