@@ -25,6 +25,7 @@ from comfyui_wanflow.wan_core.offload.residency import Residency
 from comfyui_wanflow.wan_core.sampling import contexts
 from comfyui_wanflow.wan_core.sampling.loop import Settings, sample
 from comfyui_wanflow.wan_core.sampling.teacache import TeaCache
+from comfyui_wanflow.wan_core.sampling.windows import Windows
 
 ELSEWHERE = torch.device("cpu:0")  # to torch another place than "cpu", with the numbers at hand
 LAYOUT = DiTLayout(dim=128, ffn_dim=96, layers=4, heads=1, text_dim=8)
@@ -162,6 +163,25 @@ def test_contexts_are_kept_where_there_is_memory(model, monkeypatch):
     assert contexts.Contexts(model.with_compile(Compile()), [torch.zeros(1, 5, 8)], lambda: 0).kept == [None]
     model.release(1)  # and only where all weights stay
     assert count(10**12)[0] == 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_merge": True}, {"cfg": 1.0}], ids=["cfg", "merged", "positive"])
+@pytest.mark.parametrize("way", ["plain", "windows", "cache", "lora", "streamed"])
+def test_what_is_kept_changes_no_number(model, monkeypatch, way, settings):
+    if way == "windows":
+        model = model.with_windows(Windows(1, 1))
+    if way == "cache":
+        monkeypatch.setattr(TeaCache, "plan", lambda *_: [False, True, False])
+        model = model.with_cache(TeaCache(threshold=0.3, coefficients="T2V-1.3B"))
+    if way == "lora":
+        torch.manual_seed(2)
+        changes = {"blocks.1.cross_attn.k.weight": LowRank(torch.randn(128, 2), torch.randn(2, 128))}
+        model = model.with_lora(Lora("keys", changes))
+    if way == "streamed":
+        model.ensure(0)
+    kept = run(model, **settings)
+    monkeypatch.setattr(contexts, "device_memory", lambda _: (1, 0))  # there is no room to keep anything
+    assert torch.equal(run(model, **settings), kept)
 
 
 class Words:

@@ -206,8 +206,8 @@ def _fetch_around_calls(unit: Unit, device: torch.device, conveyor: Conveyor | N
 
     def drop(module, arguments, output):
         unit.restore()
-        if taken and output is not None:  # None: the call failed, and nothing follows
-            conveyor.done(unit)
+        if taken:
+            conveyor.done(unit, failed=output is None)
 
     return [
         unit.module.register_forward_pre_hook(fetch),

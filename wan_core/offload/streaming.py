@@ -134,10 +134,11 @@ class Conveyor:
         with torch.inference_mode(False):
             return [frozen(view) for view in unit.views(buffer.flat)]
 
-    def done(self, unit: Unit) -> None:
-        """The call is over (on CUDA: under way): send what will be asked for next."""
+    def done(self, unit: Unit, failed: bool = False) -> None:
+        """The call is over (on CUDA: under way): send what will be asked for next; after a failure nobody knows."""
         self.lane.used(self.buffers[-1])
-        self._send(self.following[unit])
+        if not failed:
+            self._send(self.following[unit])
 
     def close(self) -> None:
         """Wait for what is under way: its memory goes back now."""
