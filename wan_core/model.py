@@ -289,7 +289,7 @@ class WanVAE(Engine):
 
         def encode() -> Tensor:
             with self.attached() as module:
-                return module.encode(pixels, **asdict(sizes.first(self._fits(encoding_room))))
+                return module.encode(pixels, **asdict(sizes.first(self._fits(encoding_room, pixels))))
 
         return self._persist(encode, sizes, "encoding a video")
 
@@ -300,7 +300,7 @@ class WanVAE(Engine):
 
         def decode() -> Tensor:
             with self.attached() as module:
-                return module.decode(latents, **asdict(sizes.first(self._fits(decoding_room))))
+                return module.decode(latents, **asdict(sizes.first(self._fits(decoding_room, latents))))
 
         return self._persist(decode, sizes, "decoding a video")
 
@@ -321,7 +321,7 @@ class WanVAE(Engine):
         def advance() -> Tensor | None:
             nonlocal groups
             if groups is None:
-                tiling = asdict(sizes.first(self._fits(decoding_room)))
+                tiling = asdict(sizes.first(self._fits(decoding_room, clip)))
                 groups = behind(given, module.frames(clip, **tiling))
             try:
                 return next(groups, None)
@@ -333,13 +333,13 @@ class WanVAE(Engine):
             given += group.shape[2]
             yield group
 
-    def _fits(self, room: Callable[..., int]) -> Callable[[Size], bool]:
-        """Whether there is memory now, by the estimate `room`, to work on (height, width) latents at once."""
+    def _fits(self, room: Callable[..., int], clip: Tensor) -> Callable[[Size], bool]:
+        """Whether there is memory now, by the estimate `room`, to work on (height, width) latents of `clip` at once."""
         free, width = free_memory(self.device), self.module.encoder.conv1.out_channels
 
         def fits(size: Size) -> bool:
             picture = tuple(SPATIAL_STRIDE * side for side in size)
-            return free is None or room(width, picture, self.compute_dtype) <= free
+            return free is None or room(width, picture, self.compute_dtype, clip.shape[2] == 1) <= free
 
         return fits
 
