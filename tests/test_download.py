@@ -134,6 +134,15 @@ class TestBrokenConnections:
         assert (PLACE / NAME).read_bytes() == CONTENT
         assert online.asked[-1] == (NAME, f"bytes={size}-")
 
+    def test_two_at_once(self, online):
+        fcntl = pytest.importorskip("fcntl")
+        PLACE.mkdir(parents=True)
+        with (PLACE / (NAME + ".part")).open("ab") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(FileError, match="is being downloaded by another process. Wait for it"):
+                fetch(MODEL)
+        assert fetch(MODEL) and online.asked == [(NAME, "")]
+
     def test_nobody_answers(self, monkeypatch):
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", "127.0.0.1:1")
         with pytest.raises(FileError, match="Org/Some-Model from ModelScope failed .*Check the connection"):

@@ -19,9 +19,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from ..errors import FileError
 from ..saving import NO_ROOM
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ENDPOINT = "MODELSCOPE_ENDPOINT"  # the variable that ModelScope's own tools read
 SERVER = "https://modelscope.cn"
@@ -106,6 +112,7 @@ def download(model_id: str, file: RemoteFile, target: Path, advance: Callable[[i
     part, patience = part_of(target), Patience(model_id, attempts=6)
     with _telling_of_disk(part):
         with part.open("ab") as out:
+            _claim(out, part)
             advance(out.tell())
             while True:
                 start = out.tell()
@@ -118,6 +125,15 @@ def download(model_id: str, file: RemoteFile, target: Path, advance: Callable[[i
                     patience.lose(error, gained=out.tell() > start)
         _check(model_id, file, part)
         part.replace(target)
+
+
+def _claim(out: BinaryIO, part: Path) -> None:
+    """Raises FileError if another process is downloading the same file (on Windows nobody knows)."""
+    try:
+        if fcntl:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FileError(f"{part} is being downloaded by another process. Wait for it, then start again.") from error
 
 
 def _blocks(model_id: str, file: RemoteFile, begin: int) -> Iterator[bytes]:
