@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
+from ..adapters.injection import IMAGE_TOKENS
 from ..compute import compute_dtype
 from ..model import Engine, WanImageEncoder, WanModel, WanTextEncoder, WanVAE
-from ..models.dit import PATCH
+from ..models.dit import PATCH, PRODUCT_TOKENS
 from ..models.tiling import Size, ladder, tiles
 from ..models.tokenizer import MAX_TOKENS
 from ..offload.residency import Residency
@@ -131,14 +132,15 @@ def sampling_phase(
     rows, _, frames, height, width = latent
     front, branches = in_front(conditions), 1 if settings.cfg == 1 else 2
     spans = model.windows.spans(frames) if model.windows else [(0, frames)]
-    work = 0.0
-    for start, stop in spans:
-        grid = (stop - start + front) * height * width // (PATCH[1] * PATCH[2])
-        work += trunk_work(layout, grid, layout.image_positions or 257 * layout.image_tokens, vace and vace.layout)
+    grids = [(stop - start + front) * height * width // (PATCH[1] * PATCH[2]) for start, stop in spans]
+    images = layout.image_positions or IMAGE_TOKENS * layout.image_tokens
+    work = sum(trunk_work(layout, grid, images, vace and vace.layout) for grid in grids)
     calls = 1 if settings.cfg_merge else branches
     detail = [f"{settings.steps} steps"]
     detail += [f"{branches} prompts{' as one batch' if settings.cfg_merge else ''}"] if branches > 1 else []
     detail += [f"{len(spans)} windows"] if len(spans) > 1 else []
+    pieces = f", layer by layer in pieces of {PRODUCT_TOKENS}" if grids[0] > PRODUCT_TOKENS else ""
+    detail.append(f"{grids[0]} tokens{pieces}")
     detail += ["TeaCache will skip some"] if model.cache else []
     return Phase(
         "sampling",
