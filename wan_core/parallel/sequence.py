@@ -36,14 +36,14 @@ class Sequence(Alone):
         return torch.cat(collected(x, self.size, self.group), dim=1)[:, :tokens]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, backend: str) -> Tensor:
-        q, k, v = (x[:, :tokens] for x in self.heads_for_tokens(torch.stack([q, k, v])))
+        q, k, v = (self.heads_for_tokens(x)[:, :tokens] for x in (q, k, v))
         answer = attention(q, k, v, backend=backend)  # (b, tokens, heads / size, head_dim)
         return self.tokens_for_heads(answer)
 
     def heads_for_tokens(self, x: Tensor) -> Tensor:
-        """Part of the tokens, all heads (3, b, n, heads, d) -> all tokens, part of the heads (3, b, size n, …, d)."""
-        mine = x.unflatten(3, (self.size, -1)).movedim(3, 0)  # (size, 3, b, n, heads / size, d)
-        return self.trade(mine).movedim(0, 2).flatten(2, 3)
+        """Part of the tokens, all heads (b, n, heads, d) -> all tokens, part of the heads (b, size n, …, d)."""
+        mine = x.unflatten(2, (self.size, -1)).movedim(2, 0)  # (size, b, n, heads / size, d)
+        return self.trade(mine).movedim(0, 1).flatten(1, 2)
 
     def tokens_for_heads(self, x: Tensor) -> Tensor:
         """All tokens, part of the heads (b, tokens, heads / size, d) -> part of the tokens, all heads (b, n, …, d)."""
