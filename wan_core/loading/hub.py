@@ -1,7 +1,7 @@
 """ModelScope over HTTP: which files a model has, and one file at a time onto the disk.
 
-Written here because the modelscope package cannot say how much it is about to fetch, takes no stop from a progress bar,
-and leaves other things behind after an interruption in every version; this is the documented API it uses itself
+Written here because the modelscope package neither looks for room on the disk nor says how much it will fetch, and what
+it leaves behind when it is interrupted differs from version to version; this is the documented API it uses itself
 (modelscope.cn, "Model download": `/api/v1/models/ID/repo/files` and `/api/v1/models/ID/repo`).
 """
 
