@@ -219,6 +219,19 @@ def test_every_example_can_be_rehearsed():
         Rehearsal(CARDS[0]).run(read_workflow("train_and_use"))
 
 
+def test_weights_that_are_converted_take_memory_that_stays():
+    workflow = read_workflow("Wan2.1-T2V-1.3B")
+    found = {}
+    for dtype in ("auto", "bf16", "fp8_e4m3fn"):
+        workflow["1"]["inputs"]["weight_dtype"] = dtype
+        found[dtype] = Rehearsal(card_like("RTX 4090")).run(workflow)
+    plain, half, quarter = (one.machine.base / 1e9 - 2 * GIB / 1e9 for one in found.values())
+    assert plain == 0 and half == pytest.approx(2.84, rel=0.02) and 1.3 < quarter < 2.0
+    sampling = {dtype: one.outlooks[1] for dtype, one in found.items()}
+    assert sampling["auto"].mapped > 5e9 and sampling["bf16"].mapped < 0.1e9
+    assert sampling["fp8_e4m3fn"].resident < 0.7 * sampling["bf16"].resident
+
+
 def test_frames_that_are_saved_while_they_are_decoded_do_not_wait():
     workflow = read_workflow("Wan2.1-T2V-1.3B")
     whole = Rehearsal(card_like("RTX 4090")).run(workflow)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ...wan_core.errors import InputError, WanError
 from ...wan_core.loading.catalog import BY_NAME
 from ...wan_core.loading.load import add_module, load_image_encoder, load_model, load_text_encoder, load_vae
-from ...wan_core.loading.outline import open_outline
+from ...wan_core.loading.outline import Outline, open_outline
 from ...wan_core.model import Engine, WanVAE, most_tokens
 from ...wan_core.planning.forecast import Files, Forecast, forecast
 from ...wan_core.planning.machines import Machine
@@ -65,6 +66,7 @@ class Rehearsal:
         self.device = "cpu" if machine.vram is None else "cuda"
         self.phases: list[Phase] = []
         self.files: list[Files] = []
+        self.private: dict[nn.Module, int] = {}  # by network, the bytes of its weights that were converted in loading
         self.runner = Runner([cast(self, node) for node in (*node_classes(), *CORE_NODES)], host)
 
     def run(self, workflow: dict) -> Forecast:
@@ -83,13 +85,15 @@ class Rehearsal:
             host.quiet = quiet
         if not any(phase.engine for phase in self.phases):
             raise InputError("Nothing in this workflow loads or runs a model, so there is nothing to plan.")
-        return forecast(self.phases, self.machine, self.files)
+        machine = replace(self.machine, base=self.machine.base + sum(self.private.values()))
+        return forecast(self.phases, machine, self.files)
 
     # ---- loaders
 
     def load_model(self, model, weight_dtype, attention, files="", offload=None, library=None):
         outline = self.open("dit", "diffusion_models", model, files, library)
         engine = load_model(outline, weight_dtype, device=self.device, offload=offload)
+        self.private[engine.trunk] = converted(engine.module, outline)
         row = BY_NAME.get(model) if not files.strip() else None
         if row and "motion_controller" in row.files:
             engine = add_module(engine, self.open("motion_controller", "diffusion_models", model, files, library))
@@ -102,7 +106,9 @@ class Rehearsal:
 
     def load_text_encoder(self, text_encoder, weight_dtype, files="", offload=None, library=None, **_):
         outline = self.open("text_encoder", "text_encoders", text_encoder, files, library)
-        return (load_text_encoder(outline, weight_dtype, self.device, offload=offload),)
+        engine = load_text_encoder(outline, weight_dtype, self.device, offload=offload)
+        self.private[engine.module] = converted(engine.module, outline)
+        return (engine,)
 
     def load_vae(self, vae, weight_dtype, files="", library=None, **_):
         return (load_vae(self.open("vae", "vae", vae, files, library), weight_dtype, self.device),)
@@ -217,11 +223,20 @@ class Rehearsal:
 
     def note(self, phase: Phase) -> None:
         """The same work once more is one phase, which takes as much longer."""
+        if phase.engine:
+            phase = replace(phase, private=self.private.get(phase.engine.residency.module, 0))
         last = self.phases[-1] if self.phases else None
         if last and (last.name, last.engine, last.work) == (phase.name, phase.engine, phase.work):
             phase = replace(phase, room=max(last.room, phase.room), passes=last.passes + phase.passes)
             self.phases.pop()
         self.phases.append(phase)
+
+
+def converted(network: nn.Module, outline: Outline) -> int:
+    """Bytes of the weights that are not as they are in their file: they take main memory that cannot be given back."""
+    stored = {name: outline.dtype(name) for name in outline.shapes}
+    named = ((name.removeprefix("trunk.").removeprefix("vace."), x) for name, x in network.named_parameters())
+    return sum(x.nbytes for name, x in named if x.is_meta and stored.get(name, x.dtype) != x.dtype)
 
 
 ROLES = {

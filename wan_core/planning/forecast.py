@@ -87,7 +87,8 @@ class Outlook:
         """Bytes of the files that are read in the phase: the system keeps them in memory while there is room."""
         if self.phase.engine is None:
             return 0
-        return self.phase.engine.stored_bytes() - (self.phase.unread if self.machine.vram is None else 0)
+        unread = self.phase.unread if self.machine.vram is None else 0
+        return self.phase.engine.stored_bytes() - self.phase.private - unread
 
     @property
     def reread(self) -> int:

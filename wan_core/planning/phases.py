@@ -36,6 +36,7 @@ class Phase:
     kept    in main memory: what this makes and what waits for later
     passes  how often all weights are used, with `work` products and sums each time
     unread  of the weights, where they are used in place: the words that are not in the prompt
+    private of the weights, those that lie in no file: they were converted when they were loaded
     detail  what a reader wants to know beside the numbers
     """
 
@@ -47,6 +48,7 @@ class Phase:
     passes: int = 1
     work: float = 0.0
     unread: int = 0
+    private: int = 0
     detail: str = ""
 
 
