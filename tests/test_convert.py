@@ -21,6 +21,7 @@ from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.loading import download
 from comfyui_wanflow.wan_core.loading.checkpoint import open_checkpoint
 from comfyui_wanflow.wan_core.loading.convert import convert
+from comfyui_wanflow.wan_core.loading.keymaps import is_marker
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder
 from comfyui_wanflow.wan_core.loading.outline import open_outline
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
@@ -175,6 +176,30 @@ class TestOtherKinds:
         assert torch.equal(found["spiece_model"], pieces)
         assert found["token_embedding.weight"].dtype == torch.float32
         assert found["blocks.0.ffn.fc1.weight"].dtype == torch.float8_e4m3fn
+
+    @pytest.mark.parametrize("dtype", ["fp8_e5m2", "auto"])
+    def test_a_text_encoder_under_comfyui_s_names(self, tmp_path, dtype):
+        encoder = UMT5Encoder(UMT5Layout(9, 32, 16, 16, 2, 2))
+        save_file(numbers(encoder), tmp_path / "a.safetensors")
+        arguments = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--dtype", dtype,
+                     "--names", "comfyui", "--quiet"]  # fmt: skip
+        assert cli.main(arguments) == 1  # there is no vocabulary yet
+        (tmp_path / "spiece.model").write_bytes(b"pieces")
+        assert cli.main(arguments) == 0
+        found = load_file(tmp_path / "b.safetensors")
+        assert bytes(found["spiece_model"].tolist()) == b"pieces"
+        by_hugging_face = {
+            "shared.weight", "encoder.final_layer_norm.weight",
+            "encoder.block.1.layer.0.SelfAttention.q.weight", "encoder.block.1.layer.0.layer_norm.weight",
+            "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
+            "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", "encoder.block.0.layer.1.DenseReluDense.wi_1.weight",
+            "encoder.block.0.layer.1.DenseReluDense.wo.weight", "encoder.block.0.layer.1.layer_norm.weight",
+        }  # fmt: skip
+        assert by_hugging_face <= found.keys()
+        read, meant = open_checkpoint(tmp_path / "b.safetensors"), open_checkpoint(tmp_path / "a.safetensors")
+        assert {name for name in read.shapes if not is_marker(name)} == set(meant.shapes)
+        for name in meant.shapes:
+            assert relative_error(read.tensor(name), meant.tensor(name)) < 0.06
 
     def test_an_image_encoder(self, tmp_path):
         save_file(numbers(ImageEncoder(ImageEncoderLayout(80, 32, 1, 2, 14, 28))), tmp_path / "a.safetensors")

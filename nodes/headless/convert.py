@@ -33,6 +33,8 @@ def add_convert(commands: Any) -> Any:
         help="of fp8: one scale a matrix, which ComfyUI reads (tensor); one a row, which WanFlow and musubi-tuner "
         "read; or none, everything cast plainly (tensor)",
     )
+    convert.add_argument("--names", choices=["published", "comfyui"], default="published", help="of the tensors; they "
+                         "differ in text encoders, which for ComfyUI get their vocabulary too (published)")
     convert.add_argument("--shard-size", type=float, metavar="GB", help="split into parts of at most so many gigabytes")
     convert.add_argument("--kind", choices=KINDS, default="dit", help="which model of a folder, a published model or "
                          "an all-in-one file (dit: the diffusion model)")  # fmt: skip
@@ -58,6 +60,7 @@ def convert(options: argparse.Namespace) -> list[Path]:
     end = ENDS[options.scaling or "tensor"] if options.dtype in NARROW else ""
     library = library_for(options.kind, options)
     checkpoint = open_checkpoint(resolve(source(options.input), options.kind, library), options.kind)
+    names = for_comfyui(checkpoint, options, library) if options.names == "comfyui" else {}
     progress = cache(lambda megabytes: host.progress(megabytes, unit="MB"))
     written = write(
         checkpoint,
@@ -65,6 +68,7 @@ def convert(options: argparse.Namespace) -> list[Path]:
         options.output,
         None if options.shard_size is None else int(options.shard_size * 1e9),
         lambda done, total: progress(total).update(done),
+        **names,
     )
     if written.errors:
         mean, worst = sum(written.errors.values()) / len(written.errors), max(written.errors, key=written.errors.get)
@@ -81,3 +85,24 @@ def convert(options: argparse.Namespace) -> list[Path]:
 
 def source(inputs: list[str]) -> str | list[Path]:
     return inputs[0] if len(inputs) == 1 else [Path(path) for path in inputs]
+
+
+def for_comfyui(checkpoint: Any, options: argparse.Namespace, library: Any) -> dict[str, Any]:
+    """What `convert` is told so that ComfyUI's loader finds its own names, and in a text encoder the vocabulary."""
+    from ...wan_core.loading.identify import identify
+    from ...wan_core.loading.keymaps import TO_COMFYUI
+    from ...wan_core.loading.load import EMBEDDED_TOKENIZER
+    from ...wan_core.loading.sources import tokenizer_folder
+
+    kind = identify(checkpoint.shapes).kind
+    if kind == "image_encoder":
+        raise InputError("Image encoders are written under published names only. ComfyUI has clip_vision_h for them.")
+    names: dict[str, Any] = {"rules": TO_COMFYUI.get(kind, ())}
+    if kind == "text_encoder" and EMBEDDED_TOKENIZER not in checkpoint.shapes:
+        import torch
+
+        pieces = tokenizer_folder(source(options.input), checkpoint.files, library) / "spiece.model"
+        if not pieces.is_file():
+            raise InputError(f"ComfyUI needs the vocabulary in the text encoder's file, and there is no {pieces}.")
+        names["beside"] = {EMBEDDED_TOKENIZER: torch.frombuffer(bytearray(pieces.read_bytes()), dtype=torch.uint8)}
+    return names

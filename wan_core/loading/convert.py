@@ -9,7 +9,7 @@ musubi-tuner, not by ComfyUI.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..offload.quantize import Storage, matrices, relative_error, sampled
 from .checkpoint import Checkpoint
 from .download import check_room
 from .identify import identify
-from .keymaps import is_marker
+from .keymaps import is_marker, renamed
 from .mapped import type_name
 from .rounding import is_in, kept, rounded
 from .written import Piece, in_shards, shard_paths, write_shards
@@ -45,6 +45,7 @@ NETWORKS = {
 MARKER = "scaled_fp8"
 NOTES = "_quantization_metadata"  # metadata of ComfyUI since 2025-11
 MEGABYTE = 10**6
+NOTHING: Mapping[str, Tensor] = {}
 FULL_PRECISION = 2  # numbers in the marker: "do not multiply in fp8", for which these files have no input scales
 
 
@@ -63,9 +64,12 @@ def convert(
     target: Path,
     largest: int | None = None,
     on_written: Callable[[int, int], None] = lambda done, total: None,
+    rules: Iterable[tuple[str, str]] = (),
+    beside: Mapping[str, Tensor] = NOTHING,
 ) -> Written:
     """Write `checkpoint` to `target`, in parts of at most `largest` bytes; one tensor at a time is in memory.
 
+    rules change the names (see keymaps), beside: what the file shall hold besides.
     on_written(done, total) hears of the progress, in megabytes. Raises FileError for what is no model, does not fit on
     the disk or would overwrite something, InputError for a type that this kind of model or the numbers do not allow.
     """
@@ -82,17 +86,20 @@ def convert(
             errors[name] = error
         done += sum(tensor.nbytes for tensor in outline.values())
         on_written(done // MEGABYTE, total // MEGABYTE)
-        return _tensors(name, result)
+        return named(_tensors(name, result))
 
-    outlines = {name: _outline(name, checkpoint, storage, narrow) for name in names}
+    def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {renamed(name, rules): tensor for name, tensor in tensors.items()}
+
+    outlines = {name: named(_outline(name, checkpoint, storage, narrow)) for name in names}
     pieces = [Piece(outline, partial(make, name, outline)) for name, outline in outlines.items()]
-    total = sum(piece.bytes for piece in pieces)
     scaled = {name for name in names if name in narrow and storage.scales}
     metadata = {name: text for name, text in checkpoint.metadata.items() if name not in (NOTES, "format")}
     if scaled and storage.dtype in FLOATS_OF_8_BITS:
-        marker = torch.zeros(FULL_PRECISION, dtype=storage.dtype)
-        pieces.append(Piece({MARKER: marker.to("meta")}, lambda: {MARKER: marker}))
-        metadata |= _notes(scaled, storage)
+        beside = {**beside, MARKER: torch.zeros(FULL_PRECISION, dtype=storage.dtype)}
+        metadata |= _notes({renamed(name, rules) for name in scaled}, storage)
+    pieces += [Piece({name: tensor.to("meta")}, partial(dict, {name: tensor})) for name, tensor in beside.items()]
+    total = sum(piece.bytes for piece in pieces)
     shards = in_shards(pieces, largest)
     _check_target(target, len(shards), total)
     files = write_shards(target, shards, metadata)

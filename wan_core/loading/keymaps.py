@@ -145,6 +145,22 @@ LAYOUTS = (
     Layout("CLIP's visual tower alone", ("cls_embedding",), ((r"^", "visual."),)),
 )  # fmt: skip
 
+# Published names -> those that ComfyUI's own loader knows, where it does not know the published ones.
+TO_COMFYUI = {
+    "text_encoder": (
+        (r"^token_embedding\.", "shared."),
+        (r"^norm\.", "encoder.final_layer_norm."),
+        (r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+         r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+        (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+        (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+        (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+        (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+        (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+        (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+    ),
+}  # fmt: skip
+
 # Marks that a rule may leave at the end of a name: "[0]", "[1]", … are the rows of one published tensor, in this order;
 # each "[None]" is one more side in front.
 STACKED = re.compile(r"^(?P<name>.+)\[(?P<place>\d)\]$")
@@ -185,10 +201,10 @@ def published_names(stored_names: Iterable[str]) -> dict[str, str]:
     """Published name -> name in the file, for any known layout and prefix."""
     stripped = strip_prefixes(stored_names)
     layout = find_layout(stripped)
-    return {_rename(name, layout): stored for name, stored in stripped.items()} if layout else stripped
+    return {renamed(name, layout.rules): stored for name, stored in stripped.items()} if layout else stripped
 
 
-def _rename(name: str, layout: Layout) -> str:
-    for pattern, replacement in layout.rules:
+def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
