@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ...wan_core.errors import InputError
 from ...wan_core.model import WanModel, WanVAE
@@ -55,17 +55,31 @@ def cache_of(options: Namespace) -> Cache:
     return Cache(options.cache_path or options.output_path / "cache")
 
 
-def encoded(
-    options: Namespace, items: Sequence[Item], encoders: Encoders, model: WanModel, on_item: Callable[[int, int], None]
-) -> Examples:
-    """What is wrong with items is said before the others are encoded, and the first one is tried on the model."""
-    framing, cache = framing_of(options), cache_of(options)
-    library = Library(cache.folder / "files.json")
-    pieces, told = survey(items, framing, options.extra_inputs, library, options.flip)
+@dataclass(frozen=True)
+class Chosen:
+    """Items, the pieces of them that there are, and what was said about the others."""
+
+    items: Sequence[Item]
+    pieces: Sequence[Piece]
+    told: Sequence[str]
+
+
+def look_through(options: Namespace, items: Sequence[Item]) -> Chosen:
+    """All that is wrong with the items is said: before a model is loaded, or even downloaded."""
+    library = Library(cache_of(options).folder / "files.json")
+    pieces, told = survey(items, framing_of(options), options.extra_inputs, library, options.flip)
     for sentence in (*told, f"Clips: {len(items)}, pieces of them to train on: {len(pieces)}."):
         host.say(sentence)
     if not pieces:
         raise InputError("There is nothing to train on.")
+    return Chosen(items, pieces, told)
+
+
+def encoded(
+    options: Namespace, chosen: Chosen, encoders: Encoders, model: WanModel, on_item: Callable[[int, int], None]
+) -> Examples:
+    """The first one is tried on the model before the others are encoded."""
+    framing, cache, pieces = framing_of(options), cache_of(options), chosen.pieces
     if model.layout.image_tokens and encoders.image_encoder is None and (unseen := looked_at(options.extra_inputs)):
         host.say(
             f"No image encoder is among the models: what is trained does not look at {' and '.join(unseen)}. "
@@ -75,7 +89,7 @@ def encoded(
         first, _ = prepare([pieces[0].item], framing, encoders, cache, options.extra_inputs)
         first.check(model.module)
         examples, notes = prepare(
-            items,
+            chosen.items,
             framing,
             encoders,
             cache,
@@ -86,7 +100,7 @@ def encoded(
             workers=options.dataset_num_workers,
         )
     for note in notes:
-        if note not in told:
+        if note not in chosen.told:
             host.say(note)
     return examples
 

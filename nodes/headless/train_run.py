@@ -21,7 +21,7 @@ from ...wan_core.training.team import Team, joined
 from ...wan_core.training.trainee import Trainee, check_choice, mixed
 from ..host.standalone import host
 from ..watch import Watch
-from .train_data import encoded, items_of, validation_sample
+from .train_data import encoded, items_of, look_through, validation_sample
 from .train_models import load_engines
 
 # Settings whose arguments have DiffSynth-Studio's names.
@@ -87,16 +87,18 @@ def prepared(options: Namespace, watch: Watch, team: Team) -> Data:
     items = items_of(options)
     unseen = held_out(items, options.held_out, options.seed)
     seen = [item for item in items if item not in unseen]
+    with team.main_first():
+        clips, others = (look_through(options, some) if some else None for some in (seen, unseen))
     engines = load_engines(options)
     model = engines.pop("dit")
     check_choice(model, options.trainable_models, options.lora_base_model)
     encoders = Encoders(**engines)
     with team.main_first():
-        examples = encoded(options, seen, encoders, model, watch.prepared)
-        others = encoded(options, unseen, encoders, model, watch.prepared) if unseen else ()
+        examples = encoded(options, clips, encoders, model, watch.prepared)
+        measured = encoded(options, others, encoders, model, watch.prepared) if others else ()
         if options.sample_steps:
             watch.show_samples(validation_sample(options, items, encoders), encoders.vae, options.sample_steps)
-    return Data(model, examples, others, [item.prompt for item in seen])
+    return Data(model, examples, measured, [item.prompt for item in seen])
 
 
 def held_out(items: Sequence[Item], count: int, seed: int) -> list[Item]:
