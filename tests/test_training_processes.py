@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_wanflow.wan_core.errors import InputError
+from comfyui_wanflow.wan_core.training import team
 from comfyui_wanflow.wan_core.training.loop import train
 from safetensors.torch import load_file
 from test_training_loop import Clips, Settings, lora, small_model, whole
@@ -74,3 +76,20 @@ def test_what_cannot_be_shared_in_parts_is_told(together):
     for one in together[1]:
         assert "accelerate launch --multi_gpu" in one["refused"][2]
         assert "Choose adamw" in one["muon"][2]
+
+
+@pytest.mark.parametrize("environment, kind, offload", [
+    ({}, "Team", None), ({"ACCELERATE_USE_FSDP": "true"}, "ShardedTeam", False),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "ShardedTeam", True), (ZERO, "ShardedTeam", True),
+    ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "Team", None),
+])  # fmt: skip
+def test_what_accelerate_says_is_understood(monkeypatch, environment, kind, offload):
+    for name, answer in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(team.dist, name, lambda answer=answer: answer)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = team.current_team()
+    assert (type(found).__name__, getattr(found, "offload", None), found.rank, found.count) == (kind, offload, 1, 2)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "zero.json")
+    with pytest.raises(InputError, match="zero.json"):
+        team.current_team()

@@ -161,6 +161,11 @@ def current_team() -> Team:
     if not dist.is_initialized():
         return Team()
     place = dist.get_rank(), dist.get_world_size()
+    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        raise InputError(
+            f"accelerate names {file}, but DeepSpeed's own files are not read. Put zero_stage and the offload devices "
+            "into accelerate's settings, as example_trainings/deepspeed_zero2_offload.yaml does."
+        )
     if said("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "0":
         offload = {os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM")}
         return ShardedTeam(*place, offload="cpu" in offload)
