@@ -78,13 +78,16 @@ def test_sampling(monkeypatch, dim, ffn_dim, stored, computed, latent, vace):
     assert_close(estimate, living.peak, 0.1)
 
 
-def test_coding():
+@pytest.mark.parametrize("frames, tolerance", [(3, 0.25), (1, 0.2)])
+def test_coding(frames, tolerance):
     vae = on_meta(VideoVAE)
-    latents = torch.empty(1, 16, 3, 60, 104, device="meta", dtype=BF16)
+    vae.order_weights()  # what the first call does, once and for all
+    latents = torch.empty(1, 16, frames, 60, 104, device="meta", dtype=BF16)
     with torch.inference_mode(), LivingTensors(vae) as living:
         pixels = vae.decode(latents)
-    assert_close(decoding_room(96, (480, 832), BF16), living.peak - pixels.nbytes, 0.35)
+    single = frames == 1
+    assert_close(decoding_room(96, (480, 832), BF16, single), living.peak - pixels.nbytes, tolerance)
     pixels = pixels.to(BF16)
     with torch.inference_mode(), LivingTensors(vae) as living:
         vae.encode(pixels)
-    assert_close(encoding_room(96, (480, 832), BF16), living.peak, 0.35)
+    assert_close(encoding_room(96, (480, 832), BF16, single), living.peak, tolerance)

@@ -16,7 +16,7 @@ from .models.layers import Linear
 from .models.text_encoder import UMT5Layout
 
 # Full-size channels alive at once, in units of the network's width: in a clip, and in a single picture.
-DECODE_CHANNELS, ENCODE_CHANNELS = (50, 4), (40, 4)
+DECODE_CHANNELS, ENCODE_CHANNELS = (50, 3.4), (40, 3)
 VACE_CHANNELS = 96  # of its context: kept and changed latents, and the mask
 FULL = torch.float32.itemsize
 ROTATION = torch.complex64.itemsize  # of a pair of numbers of a head
@@ -81,12 +81,12 @@ def decoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype, sing
 
     picture: (height, width) in pixels, or a tile's.
     """
-    return DECODE_CHANNELS[single] * width * picture[0] * picture[1] * dtype.itemsize
+    return int(DECODE_CHANNELS[single] * width * picture[0] * picture[1] * dtype.itemsize)
 
 
 def encoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype, single: bool = False) -> int:
     """Bytes to encode; arguments as for `decoding_room`."""
-    return ENCODE_CHANNELS[single] * width * picture[0] * picture[1] * dtype.itemsize
+    return int(ENCODE_CHANNELS[single] * width * picture[0] * picture[1] * dtype.itemsize)
 
 
 def widened_room(module: nn.Module, dtype: torch.dtype) -> int:
