@@ -3,6 +3,7 @@
 import csv
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -201,6 +202,9 @@ class TestTraining:
         assert own.keys() == before.keys() and any(not own[name].equal(before[name]) for name in own)
         assert load_lora(out / "epoch-0.safetensors").changes
         assert sorted(file.name for file in (out / "samples").iterdir()) == ["step-000001.mp4", "step-000002.mp4"]
+        older = out / "step-9.safetensors"  # of an earlier training, and with more steps
+        save_file(load_file(out / "epoch-0.safetensors"), older, {"steps": "9"})
+        os.utime(older, (0, 0))
         assert main(["validate", *mixed[1:], "--cfg_scale", "1"]) == 0, capsys.readouterr().err
         assert (out / "validation" / "epoch-0.mp4").is_file()
 

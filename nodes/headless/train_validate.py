@@ -25,7 +25,7 @@ from .train_models import load_engines
 
 def validate(options: Namespace) -> Path:
     """The file of the video."""
-    file = options.result or results(options.output_path)[-1][1]
+    file = options.result or last_saved(options.output_path)
     found = parts_of(file)
     engines = load_engines(options, {"dit": [found["dit"]]} if "dit" in found else {})
     model = with_result(engines.pop("dit"), found)
@@ -41,6 +41,11 @@ def validate(options: Namespace) -> Path:
     video = options.output_path / "validation" / f"{file.stem}.mp4"
     save_video(decode_with(encoders.vae)(latents), video, WAN_RATE)
     return video
+
+
+def last_saved(folder: Path) -> Path:
+    """Not the one with the most steps: an earlier, longer training may have left its files there."""
+    return max((file for _, file in results(folder)), key=lambda file: file.stat().st_mtime_ns)
 
 
 def parts_of(file: Path) -> dict[str, Path]:
