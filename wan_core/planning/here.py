@@ -16,6 +16,7 @@ SIDES = {"cuda": 8192, "cpu": 1536}  # of the product that is timed
 COPIED = 2**28  # bytes that are copied to the card
 ROUNDS = 3
 UNKNOWN_RAM = 32 * GIB
+KERNELS = 40 * 2**20  # bytes of code that a run loads when it first computes
 
 
 def this_machine(device: torch.device | str | None = None, held: int = 0) -> Machine:
@@ -24,10 +25,10 @@ def this_machine(device: torch.device | str | None = None, held: int = 0) -> Mac
     memory, ram = device_memory(device), main_memory() or UNKNOWN_RAM
     rate = measured_rate(device)
     if memory is None:
-        return Machine(processor(), None, ram, rate, base=own_memory())
+        return Machine(processor(), None, ram, rate, base=own_memory() + KERNELS)
     total, free = memory
     name = torch.cuda.get_device_name(device)
-    return Machine(name, total, ram, rate, measured_bus(device), taken=total - free - held, base=own_memory())
+    return Machine(name, total, ram, rate, measured_bus(device), taken=total - free - held, base=own_memory() + KERNELS)
 
 
 def main_memory() -> int | None:
