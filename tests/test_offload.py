@@ -387,7 +387,7 @@ def checkpointed(module, *arguments):
 
 
 @pytest.mark.parametrize("around", [call, checkpointed])
-def test_gradients_are_exact(trunk, around):
+def test_gradients_are_exact(trunk, around, monkeypatch):
     """Buffers are written over, so that what autograd keeps must not lie in them."""
     x, timestep, text = inputs()
     before = state(trunk)
@@ -400,8 +400,22 @@ def test_gradients_are_exact(trunk, around):
             module(leaf, timestep, text, run=Run(around=around)).square().sum().backward()
         return leaf.grad
 
+    monkeypatch.setattr(streaming, "lane_to", LateLane)
     assert torch.equal(gradient(trunk, ELSEWHERE), gradient(trunk, "cpu"))
     assert_untouched(trunk, before)
+
+
+def test_the_way_back_of_a_training_is_foreseen(trunk, journeys):
+    """Once learned, every block is sent for one call before its own, there and back."""
+    weights, (x, timestep, text) = Residency(trunk), inputs()
+    weights.ensure(0, ELSEWHERE)
+    with weights.attached(ELSEWHERE):
+        for _ in range(3):
+            journeys.clear()
+            leaf = x.clone().requires_grad_()
+            trunk(leaf, timestep, text, run=Run(around=checkpointed)).square().sum().backward()
+    sent = [list(trunk.blocks).index(block) for block in journeys]
+    assert sent == [1, 2, 3, 4, 4, 3, 2, 1, 0, 0]  # the first came at the end of the step before
 
 
 class TestLimits:

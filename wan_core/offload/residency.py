@@ -195,19 +195,17 @@ class Residency:
 def _fetch_around_calls(unit: Unit, device: torch.device, conveyor: Conveyor | None) -> list:
     """Hooks that put copies in place around each call of the unit's module.
 
-    What autograd keeps for its way back must not be written over: with gradients each call gets copies of its own.
+    What autograd keeps for its way back must not be written over: with gradients each call gets copies of its own. When
+    a call is made again for the way back, it is broken off as soon as all is known: that is no failure.
     """
-    taken = False
 
     def fetch(module, arguments):
-        nonlocal taken
-        taken = unit.is_block and not torch.is_grad_enabled()
-        unit.put(conveyor.take(unit) if taken else unit.copied(device))
+        unit.put(conveyor.take(unit, torch.is_grad_enabled()) if unit.is_block else unit.copied(device))
 
     def drop(module, arguments, output):
         unit.restore()
-        if taken:
-            conveyor.done(unit, failed=output is None)
+        if unit.is_block:
+            conveyor.done(unit, failed=output is None and not torch.is_grad_enabled())
 
     return [
         unit.module.register_forward_pre_hook(fetch),

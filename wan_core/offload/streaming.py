@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .policy import DEPTH
 from .units import Unit, frozen
 
 
@@ -108,53 +107,61 @@ def lane_to(device: torch.device, remember: bool) -> Lane:
 class Conveyor:
     """Brings `units` to `device` one by one, for the length of a run, each before it is asked for.
 
-    The order is learned: at first each unit is expected after the one before it, then after whatever it last followed.
-    With `remember` units are read into main memory the first time, and travel from there ever after.
+    The order is learned: at first each unit is expected after the one before it, then after whatever two it last
+    followed, so that the way back of a training is foreseen as well as the way there. With `remember` units are read
+    into main memory the first time, and travel from there ever after.
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device, remember: bool = False):
         self.lane = lane_to(device, remember)
-        self.following = dict(zip(units, [*units[1:], units[0]], strict=True))
-        self.last: Unit | None = None
+        self.around = dict(zip(units, [*units[1:], units[0]], strict=True))
+        self.followed: dict[tuple[Unit | None, Unit | None], Unit] = {}
+        self.last: tuple[Unit | None, Unit | None] = (None, None)
         self.span = max(unit.span for unit in units)
-        self.buffers: list[Buffer] = []  # the next to be filled comes first
+        self.buffers: list[Buffer] = []  # as many as policy.DEPTH: one that is read, one for what comes next
+        self.read: Buffer | None = None  # by the last call
 
-    def take(self, unit: Unit) -> list[nn.Parameter]:
-        """The copies of `unit`, good until `done`."""
-        if self.last is not None:
-            self.following[self.last] = unit
-        self.last = unit
+    def take(self, unit: Unit, keep: bool = False) -> list[nn.Parameter]:
+        """The copies of `unit`, good until `done`; to `keep` for longer, they get memory of their own."""
+        self.followed[self.last] = unit
+        self.last = (self.last[1], unit)
         buffer = self._send(unit)
         try:
             self.lane.wait(buffer)
         except BaseException:
             buffer.unit = None  # it holds nothing
             raise
-        self.buffers.append(self.buffers.pop(self.buffers.index(buffer)))  # the next one to come takes another
+        self.read = buffer
+        if keep:
+            self.buffers.remove(buffer)
         with torch.inference_mode(False):
             return [frozen(view) for view in unit.views(buffer.flat)]
 
     def done(self, unit: Unit, failed: bool = False) -> None:
         """The call is over (on CUDA: under way): send what will be asked for next; after a failure nobody knows."""
-        self.lane.used(self.buffers[-1])
+        if self.read:
+            self.lane.used(self.read)
         if not failed:
-            self._send(self.following[unit])
+            self._send(self.followed.get(self.last, self.around[unit]))
 
     def close(self) -> None:
         """Wait for what is under way: its memory goes back now."""
         self.lane.close()
         self.buffers.clear()
+        self.read = None
 
     def _send(self, unit: Unit) -> Buffer:
         """The buffer that holds the unit; filled, or being filled, if none did."""
-        if not self.buffers:
-            with torch.inference_mode(False):
-                self.buffers = [self.lane.buffer(self.span) for _ in range(DEPTH)]
         for buffer in self.buffers:
             if buffer.unit is unit:
                 return buffer
-        buffer = self.buffers[0]
+        buffer = next((buffer for buffer in self.buffers if buffer is not self.read), None) or self._new()
         buffer.unit = None  # should filling it fail, it holds nothing
         self.lane.send(unit, buffer)
         buffer.unit = unit
         return buffer
+
+    def _new(self) -> Buffer:
+        with torch.inference_mode(False):
+            self.buffers.append(self.lane.buffer(self.span))
+        return self.buffers[-1]
