@@ -118,29 +118,35 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", default="", help="cases whose name holds this; the table keeps its other rows")
     parser.add_argument("--folder", type=Path, help="where the random weights are kept (a temporary folder)")
+    parser.add_argument("--replan", action="store_true", help="only plan anew what the table holds measured")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     cases = {case.name: case for case in (CPU if options.device == "cpu" else CUDA) if options.only in case.name}
     if options.case:
-        print(json.dumps(measured(cases[options.case], torch.device(options.device), options.folder)))
+        device = torch.device(options.device)
+        print(json.dumps(measured(cases[options.case], device, options.folder, work=not options.replan)))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("There is no CUDA card here: nothing was measured.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        rows = kept_rows(options.device) if options.only else {}
+        rows = kept_rows(options.device) if options.only or options.replan else {}
         for case in cases.values():
-            rows[case.name] = in_fresh_process(case, options.device, folder)
+            if options.replan and case.name not in rows:
+                continue
+            rows[case.name] = rows.get(case.name, {}) | in_fresh_process(case, options.device, folder, options.replan)
             keep([*rows.values()], options.device)
 
 
-def in_fresh_process(case: Case, device: str, folder: Path) -> dict:
+def in_fresh_process(case: Case, device: str, folder: Path, replan: bool) -> dict:
     files_of(case, folder)
     command = [sys.executable, __file__, "--device", device, "--case", case.name, "--folder", folder]
+    command += ["--replan"] if replan else []
     environment = os.environ | {OVERRIDE: case.compute if device == "cpu" else "bfloat16"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     row = {"case": case.name, **json.loads(done.stdout.splitlines()[-1])}
-    print(f"{row['case']:50} {row['measured']:8.0f} MB, planned {row['planned']:8.0f} MB ({off(row):+.1%})", flush=True)
+    measured = "" if replan else f" {row['measured']:8.0f} MB, off {off(row):+.1%}"
+    print(f"{row['case']:60} planned {row['planned']:8.0f} MB{measured}", flush=True)
     return row
 
 
@@ -186,25 +192,29 @@ def hold_pages() -> None:
         print("Pages cannot be held: where memory is short, measured values are too small.", file=sys.stderr)
 
 
-def measured(case: Case, device: torch.device, folder: Path) -> dict:
-    """MB at the peak: of resident memory, or of the card."""
+def measured(case: Case, device: torch.device, folder: Path, work: bool) -> dict:
+    """MB at the peak, of resident memory or of the card, as planned and, after the work, as measured."""
     hold_pages()
     machine = this_machine(device)
     if case.limit:
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.limit * GIB / machine.vram))
         machine = machine.with_sizes(vram=case.limit * GIB)
     engine = engine_of(case, files_of(case, folder), device)
-    phase, work = prepared(case, engine, machine)
+    phase, run = prepared(case, engine, machine)
     planned = outlook(phase, machine)
+    expected = planned.ram + planned.mapped if machine.vram is None else planned.vram
+    found = {"planned": expected / 2**20, "room": planned.room / 2**20}
+    if not work:
+        return found
     with torch.inference_mode(), StandaloneHost().attached(engine, phase.room):
-        work()
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        others = total - free - torch.cuda.memory_reserved()
-        peak = (others + torch.cuda.max_memory_allocated()) / 2**20
-        return {"measured": peak, "planned": planned.vram / 2**20, "room": phase.room / 2**20}
-    planned = (planned.ram + planned.mapped) / 2**20
-    return {"measured": memory_mb("VmHWM"), "planned": planned, "room": phase.room / 2**20}
+        run()
+    return {"measured": memory_mb("VmHWM") if device.type == "cpu" else card_mb(), **found}
+
+
+def card_mb() -> float:
+    """The peak of the whole card: what is not torch's, and the most that torch's tensors took."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_allocated()) / 2**20
 
 
 def files_of(case: Case, folder: Path) -> Path:
