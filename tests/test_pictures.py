@@ -272,6 +272,9 @@ class Engine:
     def attached(self, device=None):
         return nullcontext(self)
 
+    def working_room(self):
+        return 0
+
 
 class EchoVAE(Engine):
     module, compute_dtype = VideoVAE(8), torch.float32
