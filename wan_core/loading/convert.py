@@ -9,7 +9,7 @@ musubi-tuner, not by ComfyUI.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,133 +73,142 @@ def convert(
     on_written(done, total) hears of the progress, in megabytes. Raises FileError for what is no model, does not fit on
     the disk or would overwrite something, InputError for a type that this kind of model or the numbers do not allow.
     """
-    narrow = _narrow_names(checkpoint, storage)
-    errors: dict[str, float] = {}
-    names = [name for name in checkpoint.shapes if name != MARKER]
+    check_kind(checkpoint)
+    conversion = Conversion(checkpoint, storage, rules)
     done = total = 0
 
-    def make(name: str, outline: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def make(name: str, size: int) -> dict[str, Tensor]:
         nonlocal done
-        source = _readable(name, checkpoint, storage, narrow)
-        result = kept(name, source, storage, narrow)
-        if (error := _error(name, source, result)) is not None:
-            errors[name] = error
-        done += sum(tensor.nbytes for tensor in outline.values())
+        tensors = conversion.tensors(name)
+        done += size
         on_written(done // MEGABYTE, total // MEGABYTE)
-        return named(_tensors(name, result))
+        return tensors
 
-    def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {renamed(name, rules): tensor for name, tensor in tensors.items()}
-
-    outlines = {name: named(_outline(name, checkpoint, storage, narrow)) for name in names}
-    pieces = [Piece(outline, partial(make, name, outline)) for name, outline in outlines.items()]
-    scaled = {name for name in names if name in narrow and storage.scales}
-    metadata = {name: text for name, text in checkpoint.metadata.items() if name not in (NOTES, "format")}
-    if scaled and storage.dtype in FLOATS_OF_8_BITS:
-        beside = {**beside, MARKER: torch.zeros(FULL_PRECISION, dtype=storage.dtype)}
-        metadata |= _notes({renamed(name, rules) for name in scaled}, storage)
-    pieces += [Piece({name: tensor.to("meta")}, partial(dict, {name: tensor})) for name, tensor in beside.items()]
+    pieces = []
+    for name in checkpoint.shapes:
+        if name != MARKER:
+            outline = conversion.outline(name)
+            size = sum(tensor.nbytes for tensor in outline.values())
+            pieces.append(Piece(outline, partial(make, name, size)))
+    for name, tensor in {**beside, **conversion.marker()}.items():
+        pieces.append(Piece({name: tensor.to("meta")}, partial(dict, {name: tensor})))
     total = sum(piece.bytes for piece in pieces)
     shards = in_shards(pieces, largest)
     _check_target(target, len(shards), total)
-    files = write_shards(target, shards, metadata)
-    return Written(files, sum(file.stat().st_size for file in files), errors)
+    files = write_shards(target, shards, conversion.metadata())
+    return Written(files, sum(file.stat().st_size for file in files), conversion.errors)
+
+
+class Conversion:
+    """What each tensor of a checkpoint becomes: told beforehand, and made.
+
+    `narrow` names what is rounded to eight bits with scales, `errors` tells by how much what was made has changed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, storage: Storage, rules: Iterable[tuple[str, str]] = ()):
+        self.checkpoint, self.storage, self.rules = checkpoint, storage, rules
+        self.narrow = narrow_names(checkpoint) if storage.scales else set()
+        self.unpacked = torch.bfloat16 if storage.dtype is None or storage.is_narrow else storage.dtype
+        self.errors: dict[str, float] = {}
+
+    def outline(self, name: str) -> dict[str, Tensor]:
+        """What will be written for a name, on the meta device, without reading its numbers."""
+        if is_marker(name):  # small, and of a vocabulary only its reading tells the size
+            return self.named(name, self.checkpoint.tensor(name).to("meta"))
+        if name in self.narrow:
+            return self.named(name, self.rounded_outline(name))
+        packed = isinstance(self.checkpoint.stored(name), Packed)
+        dtype = self.unpacked if packed else self.checkpoint.dtype(name)
+        empty = torch.empty(self.checkpoint.shapes[name], dtype=dtype, device="meta")
+        return self.named(name, kept(name, empty, self.storage, self.narrow))
+
+    def rounded_outline(self, name: str) -> Packed:
+        return rounded(torch.empty(self.checkpoint.shapes[name], device="meta"), self.storage)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What is written for a name. Raises InputError where numbers are too large for the type."""
+        source = self.source(name)
+        result = kept(name, source, self.storage, self.narrow)
+        if result is not source:
+            self.errors[name] = result.error if isinstance(result, Packed) else cast_error(name, source, result)
+        return self.named(name, result)
+
+    def source(self, name: str) -> Tensor | Packed:
+        """What is stored under a name, unpacked unless it is in the wanted form already."""
+        stored = self.checkpoint.stored(name)
+        if name in self.narrow and is_in(stored, self.storage.dtype):
+            if isinstance(stored, Tensor):
+                return Packed(tuple(stored.shape), {"weight": stored, "scale": torch.ones(())}, unpack_scaled)
+            found, wanted = stored.parts["scale"], self.rounded_outline(name).parts["scale"]
+            if found.shape == wanted.shape:
+                return Packed(stored.shape, {**stored.parts, "scale": found.to(wanted.dtype)}, unpack_scaled)
+        return stored.numbers(self.unpacked) if isinstance(stored, Packed) else stored
+
+    def named(self, name: str, result: Tensor | Packed) -> dict[str, Tensor]:
+        """By the names that they have in the file."""
+        tensors = {name: result}
+        if isinstance(result, Packed):
+            layer, scale = name.removesuffix("weight"), result.parts["scale"]
+            tensors = {name: result.parts["weight"], f"{layer}scale_weight": scale}
+            if self.is_said_twice():
+                tensors[f"{layer}weight_scale"] = scale
+        return {renamed(name, self.rules): tensor for name, tensor in tensors.items()}
+
+    def is_said_twice(self) -> bool:
+        return self.storage.dtype == torch.float8_e5m2 and self.storage.scales == "tensor"
+
+    def marker(self) -> dict[str, Tensor]:
+        if not self.narrow or self.storage.dtype not in FLOATS_OF_8_BITS:
+            return {}
+        return {MARKER: torch.zeros(FULL_PRECISION, dtype=self.storage.dtype)}
+
+    def metadata(self) -> dict[str, str]:
+        texts = {name: text for name, text in self.checkpoint.metadata.items() if name not in (NOTES, "format")}
+        if self.is_said_twice():
+            note = {"format": type_name(self.storage.dtype), "full_precision_matrix_mult": True}
+            layers = {renamed(name, self.rules).removesuffix(".weight"): note for name in sorted(self.narrow)}
+            texts[NOTES] = json.dumps({"format_version": "1.0", "layers": layers})
+        return texts
 
 
 def changes(checkpoint: Checkpoint, storage: Storage) -> bool:
-    """Whether anything would not be kept as it is stored."""
-    narrow = _narrow_names(checkpoint, storage)
-    for name, shape in checkpoint.shapes.items():
-        if is_marker(name):
-            continue
-        stored = checkpoint.stored(name)
-        if storage.scales:
-            if name in narrow and not is_in(stored, storage.dtype):
-                return True
-        elif isinstance(stored, Packed):
-            return True
-        elif kept(name, torch.empty(shape, dtype=stored.dtype, device="meta"), storage, narrow).dtype != stored.dtype:
-            return True
-    return False
+    """Whether loading with this storage would keep anything in another type than it is stored in."""
+    if storage.scales:
+        return any(not is_in(checkpoint.stored(name), storage.dtype) for name in narrow_names(checkpoint))
+    names = [name for name in checkpoint.shapes if not is_marker(name)]
+    return any(
+        isinstance(stored := checkpoint.stored(name), Packed)
+        or kept(name, torch.empty_like(stored, device="meta"), storage, ()).dtype != stored.dtype
+        for name in names
+    )
 
 
-def _narrow_names(checkpoint: Checkpoint, storage: Storage) -> set[str]:
+def narrow_names(checkpoint: Checkpoint) -> set[str]:
+    """The weights that scales are for. Raises InputError where there are none."""
     identity = identify(checkpoint.shapes)
-    if identity.kind not in NETWORKS:
-        found = identity.summary if identity.kind == "relative" else f"{checkpoint.description} is {identity.summary}."
-        raise FileError(f"{found} Only models, their encoders and VAEs can be converted.")
     narrow: set[str] = set()
     with torch.device("meta"):
         for network, layout in NETWORKS[identity.kind]:
             if described := layout.from_shapes(checkpoint.shapes):
                 narrow |= matrices(network(described))
-    if storage.scales and not narrow:
+    if not narrow:
         raise InputError(f"{checkpoint.description} is {identity.summary}, which has no matrices for fp8. Take bf16.")
     return narrow & checkpoint.shapes.keys()
 
 
-def _readable(name: str, checkpoint: Checkpoint, storage: Storage, narrow: Collection[str]) -> Tensor | Packed:
-    """What is stored under a name, unpacked unless it is in the wanted form already."""
-    stored = checkpoint.stored(name)
-    if storage.scales and name in narrow and is_in(stored, storage.dtype):
-        if isinstance(stored, Tensor):
-            return Packed(tuple(stored.shape), {"weight": stored, "scale": torch.ones(())}, unpack_scaled)
-        found, wanted = stored.parts["scale"], _rounded_outline(stored.shape, storage).parts["scale"]
-        if found.shape == wanted.shape:
-            return Packed(stored.shape, {**stored.parts, "scale": found.to(wanted.dtype)}, unpack_scaled)
-    return stored.numbers(_unpacked(storage)) if isinstance(stored, Packed) else stored
-
-
-def _outline(name: str, checkpoint: Checkpoint, storage: Storage, narrow: Collection[str]) -> dict[str, Tensor]:
-    """What will be written for a name, on the meta device, without reading its numbers."""
-    if is_marker(name):  # small, and of a vocabulary only its reading tells the size
-        return {name: checkpoint.tensor(name).to("meta")}
-    shape = checkpoint.shapes[name]
-    if storage.scales and name in narrow:
-        return _tensors(name, _rounded_outline(shape, storage))
-    packed = isinstance(checkpoint.stored(name), Packed)
-    dtype = _unpacked(storage) if packed else checkpoint.dtype(name)
-    return {name: kept(name, torch.empty(shape, dtype=dtype, device="meta"), storage, narrow)}
-
-
-def _rounded_outline(shape: tuple[int, ...], storage: Storage) -> Packed:
-    return rounded(torch.empty(shape, device="meta"), storage)
-
-
-def _unpacked(storage: Storage) -> torch.dtype:
-    """The type for what comes packed in a way that is not written."""
-    return torch.bfloat16 if storage.dtype is None or storage.is_narrow else storage.dtype
-
-
-def _tensors(name: str, result: Tensor | Packed) -> dict[str, Tensor]:
-    if isinstance(result, Tensor):
-        return {name: result}
-    weight, scale, layer = result.parts["weight"], result.parts["scale"], name.removesuffix("weight")
-    named = {name: weight, f"{layer}scale_weight": scale}
-    return named | ({f"{layer}weight_scale": scale} if weight.dtype == torch.float8_e5m2 and not scale.ndim else {})
-
-
-def _notes(scaled: Collection[str], storage: Storage) -> dict[str, str]:
-    if storage.dtype != torch.float8_e5m2 or storage.scales != "tensor":
-        return {}
-    note = {"format": type_name(storage.dtype), "full_precision_matrix_mult": True}
-    layers = {name.removesuffix(".weight"): note for name in sorted(scaled)}
-    return {NOTES: json.dumps({"format_version": "1.0", "layers": layers})}
-
-
-def _error(name: str, source: Tensor | Packed, result: Tensor | Packed) -> float | None:
-    """By how much of its size a tensor changed; None where it did not. Raises InputError where numbers became too
-    large."""
-    if result is source or isinstance(source, Packed):
-        return None
-    if isinstance(result, Packed):
-        return result.error
-    if result.dtype == source.dtype:
-        return None
-    if not torch.isfinite(result if result.dtype not in FLOATS_OF_8_BITS else result.float()).all():
+def cast_error(name: str, source: Tensor, result: Tensor) -> float:
+    """By how much of its size a tensor changed."""
+    if not torch.isfinite(result.float()).all():
         raise InputError(f"'{name}' holds numbers that {type_name(result.dtype)} cannot. Take bf16.")
     some = sampled(len(source)) if source.ndim else ...
     return relative_error(result[some], source[some])
+
+
+def check_kind(checkpoint: Checkpoint) -> None:
+    identity = identify(checkpoint.shapes)
+    if identity.kind not in NETWORKS:
+        found = identity.summary if identity.kind == "relative" else f"{checkpoint.description} is {identity.summary}."
+        raise FileError(f"{found} Only models, their encoders and VAEs can be converted.")
 
 
 def _check_target(target: Path, shards: int, needed: int) -> None:
