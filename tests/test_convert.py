@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 import torch
 from comfyui_wanflow.nodes.headless import cli
+from comfyui_wanflow.nodes.host.standalone import host
 from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.loading import download
 from comfyui_wanflow.wan_core.loading.checkpoint import open_checkpoint
@@ -42,6 +43,12 @@ LAYER = "blocks.0.ffn.0"
 def numbers(make, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return {n: (torch.randn(t.shape, generator=generator) * 0.03).to(dtype) for n, t in make.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def loud(monkeypatch):
+    """Whatever an earlier command was told."""
+    monkeypatch.setattr(host, "quiet", False)
 
 
 @pytest.fixture(scope="module")

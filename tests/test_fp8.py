@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_wanflow.nodes.host.standalone import host
 from comfyui_wanflow.nodes.load import LoadModel, LoadVAE
 from comfyui_wanflow.nodes.offload import OffloadOptions
 from comfyui_wanflow.wan_core.errors import InputError
@@ -25,6 +26,12 @@ from torch.utils.checkpoint import checkpoint
 LAYOUT = DiTLayout(dim=128, ffn_dim=256, layers=3, heads=1, text_dim=32)
 ELSEWHERE = torch.device("cpu:0")  # to torch another place than "cpu", with the numbers at hand
 SCALED = ["fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fn_tensor", "fp8_e5m2_tensor", "int8"]
+
+
+@pytest.fixture(autouse=True)
+def loud(monkeypatch):
+    """Whatever an earlier command was told."""
+    monkeypatch.setattr(host, "quiet", False)
 
 
 @pytest.fixture(scope="module")
