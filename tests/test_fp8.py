@@ -1,4 +1,4 @@
-"""Weights in eight bits: rounded while loading, multiplied as they are or widened, run, streamed and trained through."""
+"""Weights in eight bits: rounded while loading, multiplied as they are or widened, run, streamed, trained through."""
 
 from dataclasses import replace
 
@@ -262,6 +262,22 @@ class TestProducts:
             exact = x.float() @ (parts["weight"].float() * parts["scale"]).T
             errors = [relative_error(f, e) for f, e in zip(found[0], exact[0], strict=True)]
             assert biased or max(errors) < 0.06
+
+    def test_what_a_device_can_is_tried_once(self, monkeypatch):
+        """On this CPU torch has the product; where the library refuses, or answers wrongly, rows get no scales."""
+        cpu = torch.device("cpu")
+        assert not fp8.has_products(cpu)
+        monkeypatch.setattr(fp8, "_by_rows", {})
+        assert fp8.takes_row_scales(cpu, torch.float8_e4m3fn)
+
+        def refuse(*arguments, **options):
+            raise RuntimeError("only sm90")
+
+        monkeypatch.setattr(torch, "_scaled_mm", refuse)
+        assert fp8.takes_row_scales(cpu, torch.float8_e4m3fn) and not fp8.takes_row_scales(cpu, torch.float8_e5m2)
+        monkeypatch.setattr(torch, "_scaled_mm", lambda *arguments, **options: torch.zeros(16, 16))
+        monkeypatch.setattr(fp8, "_by_rows", {})
+        assert not fp8.takes_row_scales(cpu, torch.float8_e4m3fn)
 
     def test_rows_of_zeros(self, like_a_card):
         parts = narrowed(torch.ones(16, 16), torch.float8_e4m3fn, "row")
