@@ -107,7 +107,8 @@ def main() -> None:
             numbers |= {"efficiency": alone / numbers["seconds a step"] / team.size, "relative error": error}
             found[way.name] = numbers
     if team.leads:
-        facts = {**vars(options), "processes": team.size, "device": str(model.device), "commit": git("rev-parse", "--short", "HEAD")}
+        commit = git("rev-parse", "--short", "HEAD")
+        facts = {**vars(options), "processes": team.size, "device": str(model.device), "commit": commit}
         (HERE / "results" / "parallel.json").write_text(json.dumps(facts | {"found": found}, indent=1) + "\n")
         print(json.dumps(found, indent=1))
     team.leave()
