@@ -16,7 +16,7 @@ from .models.layers import Linear
 from .models.text_encoder import UMT5Layout
 
 # Full-size channels alive at once, in units of the network's width: in a clip, and in a single picture.
-DECODE_CHANNELS, ENCODE_CHANNELS = (50, 3.4), (40, 3)
+DECODE_CHANNELS, ENCODE_CHANNELS = (44, 3.4), (35, 3)
 VACE_CHANNELS = 96  # of its context: kept and changed latents, and the mask
 FULL = torch.float32.itemsize
 ROTATION = torch.complex64.itemsize  # of a pair of numbers of a head
