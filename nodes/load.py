@@ -166,13 +166,15 @@ class LoadVAE(io.ComfyNode):
                 dtype_input(),
                 files_input(),
                 library_input(),
+                offload_input(),
             ],
             outputs=[WanVAE.Output(display_name="vae", tooltip="For Wan VAE Encode and Wan VAE Decode.")],
         )
 
     @classmethod
-    def execute(cls, vae, weight_dtype, files="", library=None):
-        return io.NodeOutput(load_vae(chosen("vae", vae, files), weight_dtype, **place("vae", library)))
+    def execute(cls, vae, weight_dtype, files="", library=None, offload=None):
+        source = chosen("vae", vae, files)
+        return io.NodeOutput(load_vae(source, weight_dtype, offload=offload, **place("vae", library)))
 
 
 class LoadImageEncoder(io.ComfyNode):
@@ -194,6 +196,7 @@ class LoadImageEncoder(io.ComfyNode):
                 dtype_input(),
                 files_input(),
                 library_input(),
+                offload_input(),
             ],
             outputs=[
                 WanImageEncoder.Output(
@@ -203,9 +206,10 @@ class LoadImageEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image_encoder, weight_dtype, files="", library=None):
+    def execute(cls, image_encoder, weight_dtype, files="", library=None, offload=None):
         source = chosen("clip_vision", image_encoder, files)
-        return io.NodeOutput(load_image_encoder(source, weight_dtype, **place("clip_vision", library)))
+        options = {"offload": offload, **place("clip_vision", library)}
+        return io.NodeOutput(load_image_encoder(source, weight_dtype, **options))
 
 
 NODES = [LoadModel, LoadTextEncoder, LoadVAE, LoadImageEncoder]

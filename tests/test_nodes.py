@@ -20,8 +20,8 @@ INFOS = {name: node.GET_NODE_INFO_V1() for name, node in NODES.items()}
 RELEASED = {
     "WanFlowLoadModel": ("model weight_dtype attention", "files offload library fp8_matmul", "model"),
     "WanFlowLoadTextEncoder": ("text_encoder weight_dtype", "files offload library tokenizer", "text_encoder"),
-    "WanFlowLoadVAE": ("vae weight_dtype", "files library", "vae"),
-    "WanFlowLoadImageEncoder": ("image_encoder weight_dtype", "files library", "image_encoder"),
+    "WanFlowLoadVAE": ("vae weight_dtype", "files library offload", "vae"),
+    "WanFlowLoadImageEncoder": ("image_encoder weight_dtype", "files library offload", "image_encoder"),
     "WanFlowImageToVideo": ("vae latent fit", "start_image end_image image_encoder conditions", "conditions"),
     "WanFlowControlVideo": ("vae latent control_video fit extend", "conditions", "conditions"),
     "WanFlowReferenceImage": ("vae latent image fit", "image_encoder conditions", "conditions"),
@@ -64,8 +64,8 @@ RELEASED = {
     ),
     "WanFlowTrain": (
         "model vae text_encoder dataset folder mode parts rank alpha targets learning_rate epochs max_steps batch_size "
-        "train_seed extra_inputs memory save_every sample_every sample_prompt also_full accumulation optimizer schedule "
-        "warmup_steps weight_decay ema_decay max_grad_norm lora_plus timesteps weighting shift",
+        "train_seed extra_inputs memory save_every sample_every sample_prompt also_full accumulation optimizer "
+        "schedule warmup_steps weight_decay ema_decay max_grad_norm lora_plus timesteps weighting shift",
         "image_encoder held_out start_lora",
         "lora model loss folder",
     ),

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_wanflow.nodes.host.standalone import StandaloneHost
-from comfyui_wanflow.nodes.load import LoadModel
+from comfyui_wanflow.nodes.load import LoadImageEncoder, LoadModel, LoadVAE
 from comfyui_wanflow.nodes.offload import OffloadOptions
 from comfyui_wanflow.wan_core import compute
 from comfyui_wanflow.wan_core.adapters.vace import VACEResiduals
@@ -516,3 +516,20 @@ def test_the_node_limits_what_the_loader_loads(tmp_path):
     (model,) = LoadModel.execute("", "auto", "auto", files=str(file)).args
     assert model.offload is None and model.residency.rest_on == "disk"
     assert model.trunk.blocks[0].ffn[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rest_dtype, stored", [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_vae_and_the_image_encoder_take_the_same_options(rest_dtype, stored, tmp_path):
+    (options,) = OffloadOptions.execute("cpu", rest_dtype, 4.0, 0.5, -1).args
+    layout = ImageEncoderLayout(dim=80, mlp_dim=80, heads=1, layers=1, patch=14, side=28)
+    weights = ImageEncoder(layout).state_dict()
+    unread = {name.replace("transformer.0.", "transformer.1."): torch.zeros_like(x) for name, x in weights.items()}
+    save_file({**unread, **weights}, tmp_path / "looks.safetensors")
+    save_file(VideoVAE(8).state_dict(), tmp_path / "vae.safetensors")
+    (looks,) = LoadImageEncoder.execute("", "auto", files=str(tmp_path / "looks.safetensors"), offload=options).args
+    (vae,) = LoadVAE.execute("", "auto", files=str(tmp_path / "vae.safetensors"), offload=options).args
+    for engine, weight in ((looks, looks.module.visual.patch_embedding), (vae, vae.module.conv1)):
+        assert engine.offload is options and engine.residency.rest_on == "cpu" and weight.weight.dtype == stored
+    (narrow,) = OffloadOptions.execute("cpu", "fp8_e4m3fn", 4.0, 0.5, -1).args
+    with pytest.raises(InputError, match="a VAE is made of convolutions"):
+        LoadVAE.execute("", "auto", files=str(tmp_path / "vae.safetensors"), offload=narrow)

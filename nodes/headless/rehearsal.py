@@ -110,12 +110,13 @@ class Rehearsal:
         self.private[engine.module] = converted(engine.module, outline)
         return (engine,)
 
-    def load_vae(self, vae, weight_dtype, files="", library=None, **_):
-        return (load_vae(self.open("vae", "vae", vae, files, library), weight_dtype, self.device),)
+    def load_vae(self, vae, weight_dtype, files="", library=None, offload=None):
+        outline = self.open("vae", "vae", vae, files, library)
+        return (load_vae(outline, weight_dtype, self.device, offload=offload),)
 
-    def load_image_encoder(self, image_encoder, weight_dtype, files="", library=None, **_):
+    def load_image_encoder(self, image_encoder, weight_dtype, files="", library=None, offload=None):
         outline = self.open("image_encoder", "clip_vision", image_encoder, files, library)
-        return (load_image_encoder(outline, weight_dtype, self.device),)
+        return (load_image_encoder(outline, weight_dtype, self.device, offload=offload),)
 
     def open(self, kind: str, folder: str, name: str, files: str, library: Any):
         outline = open_outline(chosen(folder, name, files), kind, library_of(folder, library))

@@ -137,19 +137,21 @@ def load_vae(
     weight_dtype: str = "auto",
     device: torch.device | str | None = None,
     library: Library = PLAIN,
+    offload: Offload | None = None,
 ) -> WanVAE:
     """Load a VAE; arguments and errors as for `load_model`. There is no 8-bit type for it."""
-    if storage(weight_dtype).is_narrow:
+    wanted = weight_dtype if offload is None else offload.weight_dtype(weight_dtype)
+    if storage(wanted).is_narrow:
         raise InputError(
-            f"weight_dtype '{weight_dtype}' is for linear layers, and a VAE is made of convolutions. "
+            f"weight_dtype '{wanted}' is for linear layers, and a VAE is made of convolutions. "
             f"Choose one of {', '.join(UNSCALED)}."
         )
-    checkpoint = _open(source, "vae", library)
+    checkpoint, weight_dtype = _at_rest(_open(source, "vae", library), weight_dtype, offload, library)
     module = build(lambda: VideoVAE.from_shapes(checkpoint.shapes), checkpoint, weight_dtype)
     target = torch.device(device) if device is not None else default_device()
     # On a CPU its fast forms are those of fp32; 16 bits would save a quarter of the time and cost 1 % of the picture.
     dtype = torch.float32 if target.type == "cpu" else None
-    return WanVAE(**_engine(module, source, checkpoint, target, dtype))
+    return WanVAE(**_engine(module, source, checkpoint, target, dtype, offload))
 
 
 def load_image_encoder(
@@ -157,12 +159,13 @@ def load_image_encoder(
     weight_dtype: str = "auto",
     device: torch.device | str | None = None,
     library: Library = PLAIN,
+    offload: Offload | None = None,
 ) -> WanImageEncoder:
     """Load a CLIP image encoder; arguments and errors as for `load_model`. What Wan does not use of it stays unread."""
-    checkpoint = _open(source, "image_encoder", library)
+    checkpoint, weight_dtype = _at_rest(_open(source, "image_encoder", library), weight_dtype, offload, library)
     layout = ImageEncoderLayout.from_shapes(checkpoint.shapes)
     module = build(lambda: ImageEncoder(layout), checkpoint.part(layout.reads), weight_dtype)
-    return WanImageEncoder(**_engine(module, source, checkpoint, device))
+    return WanImageEncoder(**_engine(module, source, checkpoint, device, offload=offload))
 
 
 def build(make: Callable[[], nn.Module], checkpoint: Checkpoint, weight_dtype: str = "auto") -> nn.Module:
