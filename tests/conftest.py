@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 # What the processor is fast in must not change what the tests see; those of the choice itself remove this.
 os.environ.setdefault("WANFLOW_COMPUTE_DTYPE", "float32")
 
@@ -20,3 +22,11 @@ specification = importlib.util.spec_from_file_location(
 package = importlib.util.module_from_spec(specification)
 sys.modules[NAME] = package
 specification.loader.exec_module(package)
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_is_forgotten():
+    """torch compiles a piece of code only so many times in a process, and then runs it as it is, without a word."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
