@@ -50,6 +50,7 @@ class Sampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
+        part = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
         return io.Schema(
             node_id="WanFlowSampler",
             display_name="Wan Sampler",
@@ -135,6 +136,22 @@ class Sampler(io.ComfyNode):
                     tooltip="none is best. DiffSynth rounds latents and timesteps to bf16 in every step, as "
                     "DiffSynth-Studio does, to make the same video.",
                 ),
+                io.Float.Input(
+                    "cfg_start",
+                    default=0.0,
+                    **part,
+                    optional=True,
+                    tooltip="The part of the run from which cfg works. Before it only positive is used, in half the "
+                    "time.",
+                ),
+                io.Float.Input(
+                    "cfg_end",
+                    default=1.0,
+                    **part,
+                    optional=True,
+                    tooltip="The part of the run up to which cfg works. After it only positive is used, in half the "
+                    "time: 0.5 saves a quarter of the run.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Wan VAE Decode, or core's VAE Decode.")],
             hidden=[io.Hidden.unique_id],
@@ -144,10 +161,12 @@ class Sampler(io.ComfyNode):
     def execute(
         cls, model, positive, latent, seed, rand_device, steps, cfg, cfg_merge, shift, scheduler, denoise,
         negative=None, conditions=(), denoise_as="DiffSynth", rounding="none",
+        cfg_start=0.0, cfg_end=1.0,
     ):  # fmt: skip
         settings = Settings(
-            seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device, denoise_as, rounding
-        )
+            seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device, denoise_as, rounding,
+            cfg_start, cfg_end,
+        )  # fmt: skip
         samples = latent_samples(latent)
         refuse_noise_mask(latent)
         text = conditioning_text(positive, "positive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..wan_core.models.compiled import MODES, Compile
+from ..wan_core.sampling.easycache import EasyCache
 from ..wan_core.sampling.teacache import AUTO, COEFFICIENTS, METHODS, TeaCache
 from ..wan_core.sampling.windows import Windows
 from .host import io
@@ -74,6 +75,46 @@ class CacheSteps(io.ComfyNode):
         return io.NodeOutput(model.with_cache(cache))
 
 
+class CacheByItself(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        part = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
+        return io.Schema(
+            node_id="WanFlowEasyCache",
+            display_name="Wan EasyCache",
+            category="WanFlow/speed",
+            description="Leaves the model out in steps that would change little, as the run itself shows: for every "
+            "model, LoRA and number of steps, without a table. The log tells how many steps were skipped.",
+            inputs=[
+                model_input(),
+                io.Float.Input(
+                    "threshold",
+                    default=0.05,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="How much of the model's answer may be guessed wrong before it is asked again: 0.05 is "
+                    "5 %. Larger: faster. 0 skips nothing.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.2,
+                    **part,
+                    tooltip="The part of the run from which steps are skipped. The first steps decide the motion.",
+                ),
+                io.Float.Input(
+                    "end", default=1.0, **part, tooltip="The part of the run up to which steps are skipped."
+                ),
+            ],
+            outputs=[model_output()],
+        )
+
+    @classmethod
+    def execute(cls, model, threshold, start, end):
+        return io.NodeOutput(model.with_cache(EasyCache(threshold, start, end)))
+
+
 class SlideWindow(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -140,4 +181,4 @@ class CompileModel(io.ComfyNode):
         return io.NodeOutput(model.with_compile(Compile(mode, dynamic)))
 
 
-NODES = [CacheSteps, SlideWindow, CompileModel]
+NODES = [CacheSteps, CacheByItself, SlideWindow, CompileModel]

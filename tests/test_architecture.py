@@ -17,7 +17,7 @@ TOWER = (
     ("size", "compute", "fit", "saving", "sheet", "trajectory", "offload", "loading.catalog", "loading.keymaps"),
     ("models", "video", "viewfinder"),
     ("adapters", "lora", "room", "parallel"),
-    ("sampling.teacache", "sampling.windows"),
+    ("sampling.easycache", "sampling.teacache", "sampling.windows"),
     ("model",),
     ("loading", "sampling"),
     ("training", "planning"),

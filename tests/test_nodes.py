@@ -34,6 +34,7 @@ RELEASED = {
     "WanFlowAddModule": ("model module", "files library", "model"),
     "WanFlowApplyLora": ("model lora_name strength", "lora part", "model report"),
     "WanFlowTeaCache": ("model threshold preset coefficients start end device", "", "model"),
+    "WanFlowEasyCache": ("model threshold start end", "", "model"),
     "WanFlowSlidingWindow": ("model window_size window_stride", "", "model"),
     "WanFlowCompile": ("model mode dynamic", "", "model"),
     "WanFlowOffload": ("rest_on rest_dtype vram_limit_gb vram_buffer_gb num_persistent_params", "", "offload"),
@@ -49,7 +50,7 @@ RELEASED = {
     "WanFlowTextEncode": ("text_encoder text", "", "conditioning report"),
     "WanFlowSampler": (
         "model positive latent seed rand_device steps cfg cfg_merge shift scheduler denoise",
-        "negative conditions denoise_as rounding",
+        "negative conditions denoise_as rounding cfg_start cfg_end",
         "latent",
     ),
     "WanFlowVAEEncode": ("vae images fit tiled tile_size tile_stride", "latent rounding", "latent"),

@@ -52,7 +52,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("way", ["auto", "tokens"])
 @pytest.mark.parametrize("case", [
     "T2V", "without guidance", "merged guidance", "several videos", "video to video", "I2V", "FLF2V",
-    "control and reference", "camera", "VACE", "motion speed", "TeaCache", "windows",
+    "control and reference", "camera", "VACE", "motion speed", "TeaCache", "EasyCache", "part guided", "windows",
 ])  # fmt: skip
 def test_all_make_the_video_that_one_makes(found, case, way):
     for process in found:
@@ -61,6 +61,8 @@ def test_all_make_the_video_that_one_makes(found, case, way):
         _, (all_rows, all_tokens, all_calls) = process[case]["alone"]
         if way == "tokens" or case in ("without guidance", "merged guidance"):  # four parts, all prompts
             assert (rows, tokens, calls) == (all_rows, -(-all_tokens // 4), all_calls)
+        elif case == "part guided":  # two parts of one prompt; all do the positive one where it is alone
+            assert (rows, tokens) == (all_rows, -(-all_tokens // 2)) and all_calls // 2 < calls < all_calls
         else:  # two parts of one prompt
             assert (rows, tokens, calls) == (all_rows, -(-all_tokens // 2), all_calls // 2)
 

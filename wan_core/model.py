@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .compute import free_memory
-from .errors import ModelError
+from .errors import InputError, ModelError
 from .loading.catalog import Preset
 from .lora import Lora, Loras, fit, worked_in
 from .models.attention import check_backend
@@ -34,6 +34,7 @@ from .offload.policy import Plan, plan_all
 from .offload.recovery import Result, others_give, persist
 from .offload.residency import Residency
 from .room import decoding_room, encoding_room, image_room, text_room, widened_room
+from .sampling.easycache import EasyCache
 from .sampling.teacache import TeaCache
 from .sampling.windows import Windows
 
@@ -143,7 +144,7 @@ class WanModel(Engine):
     preset: Preset = field(default_factory=Preset)
     beside: Mapping[str, Residency] = field(default_factory=dict)
     loras: Loras = ()
-    cache: TeaCache | None = None
+    cache: TeaCache | EasyCache | None = None
     windows: Windows | None = None
     compile: Compile | None = None
 
@@ -200,9 +201,15 @@ class WanModel(Engine):
         """The same weights, attending by another backend. Raises InputError where it cannot be used."""
         return replace(self, attention=check_backend(backend))
 
-    def with_cache(self, cache: TeaCache | None) -> WanModel:
-        """The same weights, left out in some steps. None: in none."""
-        return replace(self, cache=cache and cache.chosen_for(self.layout, self.preset.width))
+    def with_cache(self, cache: TeaCache | EasyCache | None) -> WanModel:
+        """The same weights, left out in some steps. None: in none. Raises InputError for a second kind of cache."""
+        if cache is not None and self.cache is not None and cache.name != self.cache.name:
+            raise InputError(
+                f"This model already has Wan {self.cache.name}, and one cache cannot guess what another leaves out. "
+                f"Remove Wan {self.cache.name} or Wan {cache.name}."
+            )
+        chosen = cache.chosen_for(self.layout, self.preset.width) if isinstance(cache, TeaCache) else cache
+        return replace(self, cache=chosen)
 
     def with_windows(self, windows: Windows | None) -> WanModel:
         """The same weights, looking at one window of a video at a time. None: at all of it."""

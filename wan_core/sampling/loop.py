@@ -19,8 +19,9 @@ from ..offload.recovery import persist
 from ..parallel.team import Share, Team
 from ..room import changed_room, latents_room, sampling_room, tokens_room, widened_room
 from .contexts import Contexts
+from .easycache import KEPT_LATENTS, EasyCache, Skipping
 from .schedules import SOLVERS, noise_levels
-from .teacache import Residuals
+from .teacache import Residuals, TeaCache
 from .windows import Sliding
 
 HIGHEST_SEED = 2**64 - 1
@@ -39,6 +40,7 @@ class Settings:
     seed: 0..2^64-1, and `rand_device` is where the noise is drawn: on "cpu" a seed gives the same noise everywhere.
     cfg: how strongly to prefer the positive over the negative prompt; exactly 1 leaves the negative out.
     cfg_merge: run both prompts as one batch: faster on a large GPU, for twice the memory.
+    cfg_start, cfg_end: the part of the run, 0 to 1, that is guided by cfg; outside it the positive prompt works alone.
     denoise: below 1 the given video is kept in part; all steps are run, from a lower noise level. denoise_as: which
     one, see `levels`.
     rounding: "none" keeps all in fp32; "DiffSynth" rounds latents and timesteps to bf16 in every step, as
@@ -55,6 +57,8 @@ class Settings:
     rand_device: str = "cpu"
     denoise_as: str = "DiffSynth"
     rounding: str = "none"
+    cfg_start: float = 0.0
+    cfg_end: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.seed <= HIGHEST_SEED:
@@ -69,6 +73,11 @@ class Settings:
             raise InputError(f"There is no scheduler {self.scheduler!r}. Choose one of {', '.join(SOLVERS)}.")
         if not 0 < self.denoise <= 1:
             raise InputError(f"denoise is {self.denoise}, but it has to be above 0 and at most 1.")
+        if not 0 <= self.cfg_start < self.cfg_end <= 1:
+            raise InputError(
+                f"cfg_start is {self.cfg_start} and cfg_end is {self.cfg_end}, but cfg_start has to be before cfg_end, "
+                "both within 0 and 1. For a run without guidance set cfg to 1."
+            )
         for name, known in (("denoise_as", DENOISE_AS), ("rounding", STATES)):
             if getattr(self, name) not in known:
                 raise InputError(f"There is no {name} {getattr(self, name)!r}. Choose one of {', '.join(known)}.")
@@ -83,6 +92,14 @@ class Settings:
         if self.denoise_as == "ComfyUI":
             return noise_levels(int(self.steps / self.denoise), self.shift, highest)[-self.steps - 1 :]
         return noise_levels(self.steps, self.shift, self.denoise * highest)
+
+    def guided(self, step: int) -> bool:
+        """Whether this step compares with the negative prompt."""
+        return self.cfg != 1 and self.cfg_start <= step / self.steps < self.cfg_end
+
+    def alike(self) -> list[bool]:
+        """For each step whether it asks the model for the same prompts as the step before."""
+        return [step > 0 and self.guided(step) == self.guided(step - 1) for step in range(self.steps)]
 
     @property
     def state(self) -> torch.dtype:
@@ -117,7 +134,9 @@ def sample(
     share = Share() if team is None else team.share(calls, model.layout.heads)
     run = Run(compute_dtype=model.compute_dtype, attention=model.attention, parallel=share.tokens)
     with model.attached(device) as network:
-        contexts = Contexts(model, texts, lambda: working_room(model, latent.shape, settings, conditions))
+        always = all(settings.guided(step) for step in range(settings.steps))
+        asked = texts if always or len(texts) == 1 or not settings.cfg_merge else [*texts, texts[0]]
+        contexts = Contexts(model, asked, lambda: working_room(model, latent.shape, settings, conditions))
 
         def relieve() -> bool:
             relieved = team is None and (contexts.drop() or model.relieve())
@@ -130,16 +149,17 @@ def sample(
 
         sliding = Sliding(model.windows, injection, canvas.frames)
         residuals = None
-        if model.cache is not None:
+        if isinstance(model.cache, TeaCache):
             timesteps = torch.cat([timestep(sigma, settings.state) for sigma in settings.levels()[:-1]]).to(device)
             skipped = model.cache.plan(network.trunk, timesteps, injection.time_add)
+            skipped = [skip and alike for skip, alike in zip(skipped, settings.alike(), strict=True)]
             residuals = Residuals(skipped, model.cache.device)
 
         def predict(x: Tensor, timestep: Tensor, text: Tensor, step: int, branch: int) -> Tensor:
             def look(x: Tensor, injection: Injection, window: int) -> Tensor:
                 here = replace(run, kept=contexts.kept[branch])
                 if residuals is not None:
-                    here = replace(here, body=residuals.body(step, (branch, window)))
+                    here = replace(here, body=residuals.body(step, (min(branch, calls - 1), window)))
                 return network.trunk(x.float(), timestep, text, injection, here).to(x.dtype)
 
             return sliding(look, x)
@@ -156,9 +176,13 @@ def sample(
             doing = f"computing step {step + 1} of {settings.steps}"
             return persist(lambda: velocity(x, timestep, step), relieve, doing, SMALLER)
 
+        skipping = residuals
+        if isinstance(model.cache, EasyCache):
+            agreed = {} if team is None else {"agreed": team.same}
+            repeated = skipping = Skipping(model.cache, repeated, settings.alike(), **agreed)
         x = denoise(x, repeated, settings, report)
-        if residuals is not None and say is not None:
-            say(model.cache.report(residuals.skipped))
+        if skipping is not None and say is not None:
+            say(model.cache.report(skipping.skipped))
     return unnormalised(x[:, :, injection.prefix :].float()).to(latent.device)
 
 
@@ -176,7 +200,9 @@ def working_room(
     room = sampling_room(model.layout, longest, branches, dtype, vace, widened) + latents_room(whole)
     room += bool(model.loras) * changed_room(model.layout, dtype)
     room += sum(condition.embedded for condition in conditions) * tokens_room(model.layout, whole, dtype)
-    if model.cache is not None and model.cache.device != "cpu":
+    if isinstance(model.cache, EasyCache):
+        room += KEPT_LATENTS * math.prod(whole) * settings.state.itemsize
+    elif model.cache is not None and model.cache.device != "cpu":
         kept = rows, channels, sum(front + stop - start for start, stop in spans), *size
         room += texts * tokens_room(model.layout, kept, dtype)
     return room
@@ -230,11 +256,13 @@ def guided(
     """velocity(x, timestep, step) under classifier-free guidance: away from the negative prompt, to the positive.
 
     predict(x, timestep, text, step, branch) is called for each prompt (or for this process's share of them), or once
-    for both as one batch.
+    for both as one batch; outside the guided part of the run for the positive one only.
     Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598.
     """
-    if len(texts) == 1:
-        return lambda x, timestep, step: predict(x, timestep, texts[0], step, 0)
+    def alone(x: Tensor, timestep: Tensor, step: int) -> Tensor:
+        branch = 2 if len(texts) > 1 and settings.cfg_merge else 0  # the merged ones are a text of their own
+        answer = predict(x, timestep, texts[0], step, branch)  # where processes work at a prompt each, all do this one
+        return answer if share.prompt is None else share.answers(answer, len(texts))[0]
 
     def one_after_the_other(x: Tensor, timestep: Tensor, step: int) -> list[Tensor]:
         return [predict(x, timestep, text, step, branch) for branch, text in enumerate(texts)]
@@ -251,6 +279,8 @@ def guided(
     branches = as_one_batch if settings.cfg_merge else one_after_the_other if share.prompt is None else one_each
 
     def velocity(x: Tensor, timestep: Tensor, step: int) -> Tensor:
+        if not settings.guided(step):
+            return alone(x, timestep, step)
         positive, negative = branches(x, timestep, step)
         return negative + settings.cfg * (positive - negative)
 

@@ -86,6 +86,8 @@ class TeaCache:
     end: float = 1.0
     device: str | None = None
 
+    name = "TeaCache"
+
     def __post_init__(self):
         if not (math.isfinite(self.threshold) and self.threshold > 0):
             raise InputError(f"threshold is {self.threshold}, but it has to be above 0. Enter a number such as 0.1.")
@@ -142,7 +144,8 @@ class TeaCache:
 
     def report(self, skipped: Sequence[bool]) -> str:
         advice = "" if any(skipped) else " Raise the threshold to skip some."
-        return f"TeaCache ({self.method}, {self.coefficients}): skipped {sum(skipped)} of {len(skipped)} steps.{advice}"
+        how = f"{self.method}, {self.coefficients}"
+        return f"{self.name} ({how}): skipped {sum(skipped)} of {len(skipped)} steps.{advice}"
 
 
 def distance(before: Tensor, now: Tensor) -> float:
