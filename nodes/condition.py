@@ -123,7 +123,8 @@ class ControlVideo(io.ComfyNode):
             node_id="WanFlowControlVideo",
             display_name="Wan Control Video",
             category="WanFlow/conditions",
-            description="Lets the video follow the lines, depth or poses of another one. For Fun Control models.",
+            description="Lets the video follow the lines, depth or poses of another one. For Fun Control models "
+            "and control LoRAs.",
             inputs=[
                 vae_input(),
                 latent_input(),

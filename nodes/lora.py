@@ -61,7 +61,7 @@ class ApplyLora(io.ComfyNode):
             return io.NodeOutput(model, "No LoRA was chosen: the model stays as it is.")
         lora = lora or load_lora(host.find_model("loras", lora_name), part)
         changed = model.with_lora(lora, strength)
-        text = report(lora, fit(lora, model.module), strength)
+        text = report(lora, fit(lora, changed.module), strength)
         host.say(text)
         return io.NodeOutput(changed, text)
 

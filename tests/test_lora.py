@@ -562,7 +562,7 @@ class TestFits:
         ("blocks.0.self_attn.q_loras.down.weight", "Stand-In"),
         ("lycoris_blocks_0_self_attn_q.oft_blocks", "OFT"),
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder"),
-        ("diffusion_model.patch_embedding.reshape_weight", "wider input"),
+        ("diffusion_model.patch_embedding.reshape_weight", "unknown kind"),
         ("lora_unet_down_blocks_0_attentions_0.lora_down.weight", "damaged"),
         ("diffusion_model.blocks.0.self_attn.q.glora_a", "unknown kind"),
         ("diffusion_model.blocks.0.attention.diff", "no part of Wan 2.1 is called so"),

@@ -3,10 +3,15 @@
 The stored weights never change, and nothing is merged beforehand: in each call a layer computes with its own numbers
 plus the changes. That costs one small product a layer and the memory of one changed weight; it works the same on packed
 weights and on weights that are fetched call by call, and another strength needs no loading.
+
+A control LoRA widens the input of a Text to Video model, as those of Flux do: behind the 16 channels of the noisy
+latents the model reads the normalised latents of a control video. The stored weights have nothing for these channels,
+which counts as zeros, and the LoRA adds its own. Source: spacepxl, "Wan2.1-control-loras" and "WanTraining".
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +23,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .errors import ModelError
 from .models.changes import Change, LowRank, flat
-from .models.dit import size_name
+from .models.dit import LATENT_CHANNELS, PATCH, size_name
 from .models.layers import Linear
 from .models.network import Network
 from .models.packed import PackedLinear
@@ -30,6 +37,7 @@ ATTENTION = re.compile(r"attn\.[qkvo](_img)?\.weight$")
 NUMBERED = re.compile(r"(?P<vace>vace_)?blocks\.(?P<number>\d+)\.")
 HINTS = ("ss_base_model_version", "modelspec.architecture", "modelspec.title", "software")
 IMAGE_PARTS = ("img_emb.", "k_img.", "v_img.")
+INPUT = "patch_embedding.weight"
 PARTS = {
     "motion_controller.": "they need a motion speed controller, which this model has not",
     "ref_conv.": "they belong to a reference image input, which this model has not",
@@ -68,6 +76,19 @@ class Lora:
         """Of the models it was trained for, as far as the attention layers tell."""
         widths = Counter(change.shape[0] for name, change in self.changes.items() if ATTENTION.search(name))
         return widths.most_common(1)[0][0] if widths else None
+
+    @cached_property
+    def channels(self) -> int | None:
+        """Of the input of the models it was trained for; None where it leaves the reading of the input as it is."""
+        change = self.changes.get(INPUT)
+        return None if change is None else change.shape[1] // math.prod(PATCH)
+
+    @cached_property
+    def controls(self) -> bool:
+        """Whether it gives Text to Video models a control video; camera models have as many channels."""
+        others = (*IMAGE_PARTS, "control_adapter.")
+        is_other = any(part in name for name in self.changes for part in others)
+        return self.channels == 2 * LATENT_CHANNELS and not is_other
 
 
 Loras = tuple[tuple[Lora, float], ...]  # with their strengths, in the order in which they were applied
@@ -131,11 +152,33 @@ def misfit(lora: Lora, name: str, change: Change, target: Parameter | None, netw
         return None
     if target is None:
         return absent(name, network)
-    if name == "patch_embedding.weight":
-        channels, own = (columns // 4 for columns in (change.shape[1], flat(target.shape)[1]))  # 4 latents a patch
-        return f"trained for {channels} input channels, and this model has {own}"
+    if name == INPUT and change.shape[0] == layout.dim:
+        if lora.controls and lora.channels == layout.in_dim:
+            return None
+        return f"trained for {lora.channels} input channels, and this model has {layout.in_dim}"
     sizes = ("{} x {}".format(*shape) for shape in (change.shape, flat(target.shape)))
     return "trained for {} numbers, and this model has {}".format(*sizes)
+
+
+def widened(network: Network, lora: Lora, name: str) -> Network:
+    """The network, called `name`, with the input that a control LoRA needs; for other LoRAs it stays as it is.
+
+    Raises ModelError where that is no Text to Video model, or has a control LoRA already.
+    """
+    layout, own = network.trunk.layout, network.trunk.patch_embedding.in_channels
+    if not lora.controls or own == lora.channels or lora.changes[INPUT].shape[0] != layout.dim:
+        return network
+    if layout.in_dim == lora.channels:
+        raise ModelError(
+            f"The LoRA {lora.name} gives {name} a control video, but it has one from another LoRA already. Remove one "
+            "of the two."
+        )
+    if layout.in_dim != LATENT_CHANNELS:
+        raise ModelError(
+            f"The LoRA {lora.name} gives a Text to Video model a control video, but {name} is of another kind "
+            f"({layout.family}, in_dim {layout.in_dim}). Load a Text to Video model of {size_name(layout.dim)}."
+        )
+    return Network(network.trunk.widened(lora.channels), network.vace, network.motion_controller)
 
 
 def absent(name: str, network: Network) -> str:
@@ -156,6 +199,8 @@ def report(lora: Lora, fitted: Fit, strength: float) -> str:
     """What was matched and what was not, for the user."""
     count = len(fitted.changes) + sum(map(len, fitted.skipped.values()))
     lines = [f"{lora.name}: {len(fitted.changes)} of {count} parts fit, strength {strength:g}.", fitted.reasons()]
+    if lora.controls and INPUT in fitted.changes:
+        lines.append("The model reads a control video now, from Wan Control Video; without one, zeros.")
     return "\n".join(filter(None, [*lines, lora.remark, lora.note and f"The file says: {lora.note}."]))
 
 
@@ -167,19 +212,19 @@ def some(names: tuple[str, ...], shown: int = 2) -> str:
 
 Chain = list[tuple[Change, float]]
 
-_running: WeakKeyDictionary[nn.Module, Loras] = WeakKeyDictionary()  # trunk -> what is worked into it now
+_running: WeakKeyDictionary[nn.Module, Loras] = WeakKeyDictionary()  # a trunk's blocks -> what is worked in now
 
 
 @contextmanager
 def worked_in(network: Network, loras: Loras) -> Iterator[None]:
     """Inside the `with`, the layers of `network` compute with the changes of `loras`. Runs of one model may nest."""
-    trunk = network.trunk
-    if trunk in _running:
-        if _running[trunk] != loras:
+    blocks = network.trunk.blocks  # the same for all handles, however wide their input is
+    if blocks in _running:
+        if _running[blocks] != loras:
             raise RuntimeError("These weights are in use with other LoRAs; the run inside must have the same.")
         yield
         return
-    _running[trunk] = loras
+    _running[blocks] = loras
     previous = {}
     try:
         for module, chains in plan(network, loras).items():
@@ -187,7 +232,7 @@ def worked_in(network: Network, loras: Loras) -> Iterator[None]:
             module.forward = changed(module, chains)
         yield
     finally:
-        del _running[trunk]
+        del _running[blocks]
         for module, forward in previous.items():
             if forward is None:
                 del module.forward
@@ -199,7 +244,9 @@ def plan(network: Network, loras: Loras) -> dict[nn.Module, dict[str, Chain]]:
     """Module -> name of its parameter -> the changes to make to it, in order."""
     targets, chains = parameters(network), {}
     for lora, strength in loras:
-        for name, change in fit(lora, network).changes.items() if strength else ():
+        for name, change in fit(lora, network).changes.items():
+            if not strength and not (name == INPUT and lora.controls):  # which is there to be read, without effect
+                continue
             target = targets[name]
             chains.setdefault(target.module, {}).setdefault(target.name, []).append((change, strength))
     return chains
@@ -251,8 +298,19 @@ def swapped(module: nn.Module, chains: Mapping[str, Chain], dtype: torch.dtype) 
             else:
                 value = stored[name].to(dtype if isinstance(module, Linear) else torch.float32)
             for change, strength in chain:
-                value = change(value, strength)
+                value = made(change, value, strength)
             module._parameters[name] = value
         yield
     finally:
         module._parameters.update(stored)
+
+
+def made(change: Change, value: Tensor, strength: float) -> Tensor:
+    """The changed value. Of an input that is read with more or fewer channels (the second side) than the change has,
+    those are the first of these; channels without weights count as zeros."""
+    if flat(value.shape) == change.shape:
+        return change(value, strength)
+    more = change.shape[1] // math.prod(PATCH) - value.shape[1]
+    if more > 0:
+        return change(F.pad(value, (0, 0, 0, 0, 0, 0, 0, more)), strength)
+    return torch.cat([change(value[:, :more], strength), value[:, more:]], dim=1)

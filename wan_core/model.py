@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .compute import free_memory
 from .errors import InputError, ModelError
 from .loading.catalog import Preset
-from .lora import Lora, Loras, fit, worked_in
+from .lora import Lora, Loras, fit, widened, worked_in
 from .models.attention import check_backend
 from .models.compiled import Compile, compiled
 from .models.dit import DiT, DiTLayout, size_name
@@ -181,15 +181,17 @@ class WanModel(Engine):
     def with_lora(self, lora: Lora, strength: float = 1.0) -> WanModel:
         """The same weights, changed by `lora` while they run, after the changes of the LoRAs before.
 
-        Raises ModelError where nothing of it fits; `lora.report` tells what does.
+        Raises ModelError where nothing of it fits; `lora.report` tells what does. A control LoRA adds to what the
+        model reads, in this handle alone.
         """
-        fitted = fit(lora, self.module)
+        network = widened(self.module, lora, self.name)
+        fitted = fit(lora, network)
         if not fitted.changes:
             raise ModelError(
                 f"Nothing of the LoRA {lora.name} fits {self.name}. {fitted.reasons()} "
                 "Take a LoRA that was trained for this kind and size of model."
             )
-        return replace(self, loras=(*self.loras, (lora, strength)))
+        return replace(self, module=network, layout=network.trunk.layout, loras=(*self.loras, (lora, strength)))
 
     @contextmanager
     def attached(self, device: torch.device | str | None = None) -> Iterator[Network]:

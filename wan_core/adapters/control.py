@@ -1,4 +1,4 @@
-"""A video whose lines, depth or poses the new video follows: the Fun Control models."""
+"""A video whose lines, depth or poses the new video follows: the Fun Control models, and control LoRAs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..models.dit import CONCAT
 from ..models.network import Network
 from ..models.vae import normalised
 from .image import Encode, as_pixels
@@ -20,8 +19,9 @@ class ControlCondition(Condition):
     latents: Tensor
 
     def inject(self, network: Network, canvas: Canvas) -> Injection:
-        if "control" not in CONCAT[network.trunk.layout.in_dim]:
-            raise misfit(network, "control video", "a Fun Control model", "Wan Control Video")
+        if "control" not in network.trunk.layout.concat:
+            models = "a Fun Control model or a Text to Video model with a control LoRA"
+            raise misfit(network, "control video", models, "Wan Control Video")
         return Injection(concat={"control": canvas.take("The control video", self.latents)})
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ModelError
-from ..models.dit import CONCAT, DiTLayout
+from ..models.dit import DiTLayout
 from ..models.network import Network
 from ..models.vae import normalised
 from ..size import FRAMES_PER_LATENT, LATENT_CHANNELS, pixel_size
@@ -36,7 +36,7 @@ class ImageCondition(Condition):
     end: Tensor | None = None
 
     def inject(self, network: Network, canvas: Canvas) -> Injection:
-        read = CONCAT[network.trunk.layout.in_dim]
+        read = network.trunk.layout.concat
         if "image" not in read:
             models = "an Image to Video, First-Last-Frame or Fun model"
             raise misfit(network, "first or last image", models, NODE)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError, ModelError
-from ..models.dit import CONCAT, DiT, Slots, Step
+from ..models.dit import DiT, Slots, Step
 from ..models.network import Network
 from ..size import pixel_size
 
@@ -187,7 +187,7 @@ def total(injections: Iterable[Injection], neutral: Injection) -> Injection:
 
 def neutral(trunk: DiT, canvas: Canvas) -> Injection:
     """What the model was trained to see where nothing is given: zero frames beside the latents, a zero image."""
-    concat = {name: canvas.zeros(channels) for name, channels in CONCAT[trunk.layout.in_dim].items()}
+    concat = {name: canvas.zeros(channels) for name, channels in trunk.layout.concat.items()}
     if not trunk.layout.image_tokens:
         return Injection(concat=concat)
     features = torch.zeros(1, IMAGE_TOKENS, trunk.layout.image_features, dtype=canvas.dtype, device=canvas.device)
@@ -208,11 +208,11 @@ class Condition(ABC):
 def inject(conditions: Iterable[Condition], network: Network, canvas: Canvas) -> Injection:
     """What all conditions inject together, complete.
 
-    Raises ModelError where the model looks at something beside the latents and not a bit of it is given.
+    Raises ModelError where the model looks at a picture beside the latents and nothing of what it reads is given.
     """
     injections = [condition.inject(network, canvas) for condition in conditions]
     fallback = neutral(network.trunk, canvas)
-    if fallback.concat and not any(injection.concat for injection in injections):
+    if "image" in fallback.concat and not any(injection.concat for injection in injections):
         control = "Wan Control Video or " if "control" in fallback.concat else ""
         raise ModelError(
             f"This {network.trunk.layout.family} model needs more than the text, but no condition gives it anything. "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models.dit import CONCAT, LATENT_CHANNELS, DiTLayout, size_name
+from ..models.dit import LATENT_CHANNELS, DiTLayout, size_name
 from ..models.image_encoder import ImageEncoderLayout
 from ..models.text_encoder import UMT5Layout
 from ..models.vace import VACELayout
@@ -142,7 +142,7 @@ def dit_facts(checkpoint: Checkpoint) -> Iterable[Fact]:
     yield "network", (
         f"{layout.layers} blocks, {size_name(layout.dim)}, {layout.heads} heads, feed-forward {layout.ffn_dim}"
     )
-    beside = "".join(f" + {count} {name}" for name, count in CONCAT[layout.in_dim].items())
+    beside = "".join(f" + {count} {name}" for name, count in layout.concat.items())
     yield "input", f"{layout.in_dim} channels: {LATENT_CHANNELS} latent{beside}"
     yield "takes", ", ".join(["text", *taken(layout, vace)])
     yield "published", fits(row for row in catalog.CATALOG if is_layout_of(row, layout, vace))
@@ -153,7 +153,7 @@ def taken(layout: DiTLayout, vace: VACELayout | None) -> Iterable[str]:
         yield "a first and a last image, both looked at by CLIP"
     elif layout.image_tokens:
         yield "an image that CLIP looks at"
-    if "control" in CONCAT[layout.in_dim]:
+    if "control" in layout.concat:
         yield "a control video"
     if layout.reference:
         yield "a reference image"

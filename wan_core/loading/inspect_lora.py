@@ -42,6 +42,8 @@ def lora_facts(checkpoint: Checkpoint) -> Iterable[Fact]:
         yield "rank", ranked
     if lora.width:
         yield "made for", f"models of {size_name(lora.width)}{special_parts(lora)}"
+    if lora.controls:
+        yield "adds", f"a control video to what Text to Video models read ({lora.channels} input channels)"
     yield "changes", "; ".join(f"{stack}: {layers}" for stack, layers in targets(lora).items())
     if lora.remark:
         yield "remark", lora.remark

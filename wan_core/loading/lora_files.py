@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError, InputError
-from ..lora import Lora
-from ..models.changes import Change, Decomposed, Difference, Hadamard, Kronecker, LowRank, Replacement
+from ..lora import INPUT, Lora
+from ..models.changes import Change, Decomposed, Difference, Hadamard, Kronecker, LowRank, Replacement, flat
+from ..models.dit import PATCH
 from ..saving import write_whole
 from .checkpoint import Checkpoint, open_checkpoint
 from .identify import expect, identify
@@ -25,7 +26,6 @@ from .lora_names import find, in_vace, seems_for_vace, split, to_diffusers
 FOREIGN = {
     "_loras.": "an adapter of Stand-In, which is no LoRA",
     "oft_": "an orthogonal change (OFT), which WanFlow cannot make",
-    "reshape_weight": "a wider input for the model, which WanFlow cannot give it",
     "lora_te": "for a text encoder, which is no part of the model",
     "text_encoder": "for a text encoder, which is no part of the model",
 }
@@ -126,6 +126,8 @@ def read_layer(layer: str, tensors: Tensors, scale_of: Callable) -> Iterator[tup
     try:
         for read in READERS:
             if change := read(tensors, scale):
+                if "reshape_weight" in tensors and flat(tensors.pop("reshape_weight").tolist()) != change.shape:
+                    raise ValueError("widened to another shape than the change has")
                 if "magnitude" in tensors:
                     change = Decomposed(change, tensors.pop("magnitude"))
                 yield known(weight), change
@@ -223,6 +225,9 @@ def save_lora(lora: Lora, path: Path, key_format: str = "comfyui", metadata: Map
     tensors: dict[str, Tensor] = {}
     for name, change in lora.changes.items():
         tensors |= written(name, change, KEY_FORMATS[key_format])
+    if lora.controls and KEY_FORMATS[key_format].alpha:  # ComfyUI widens an input only if it is told to
+        shape = (lora.changes[INPUT].shape[0], lora.channels, *PATCH)
+        tensors[key_of(INPUT, KEY_FORMATS[key_format]) + ".reshape_weight"] = torch.tensor(shape)
     texts = {**lora.metadata, **described(lora), **(metadata or {})}
     content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, texts)
     write_whole({path: lambda file: file.write_bytes(content)})
@@ -246,10 +251,14 @@ def described(lora: Lora) -> dict[str, str]:
     return texts
 
 
+def key_of(name: str, names: KeyFormat) -> str:
+    """What the names of all tensors begin with that change a parameter."""
+    return names.front + names.layer(name.rpartition(".")[0])
+
+
 def written(name: str, change: Change, names: KeyFormat) -> dict[str, Tensor]:
     """The tensors of one change by their names in the file."""
-    layer, _, parameter = name.rpartition(".")
-    front = names.front + names.layer(layer)
+    front, parameter = key_of(name, names), name.rpartition(".")[2]
     if isinstance(change, LowRank) and not names.alpha:
         return {front + names.down: change.down, front + names.up: change.up * change.scale}
     if not names.alpha:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ CONCAT = {
     36: {"mask": 4, "image": 16},
     48: {"control": 16, "image": 16},
 }
+# With 32 channels but no eyes for an image or a camera: Text to Video models that a control LoRA has widened.
+CONTROLLED = {"control": 16}
 
 # What models with these input channels are for; some need a closer look, see `DiTLayout.family`.
 FAMILIES = {16: "Text to Video", 32: "Fun Control-Camera", 36: "Image to Video or Fun InP", 48: "Fun Control"}
@@ -111,7 +114,19 @@ class DiTLayout:
         """What such models are for. VACE lies beside a Text to Video trunk."""
         if self.image_positions:
             return "First-Last-Frame to Video"
+        if self.is_controlled:
+            return "Text to Video with control"
         return "Fun V1.1 Control" if self.reference else FAMILIES[self.in_dim]
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether this is a Text to Video model whose input was widened for a control video, by a LoRA or for good."""
+        return self.in_dim == 32 and not (self.image_tokens or self.camera_channels)
+
+    @property
+    def concat(self) -> Mapping[str, int]:
+        """What is read beside the latents, in the order of the channels: name -> number of channels."""
+        return CONTROLLED if self.is_controlled else CONCAT[self.in_dim]
 
     def check(self) -> None:
         """Refuse, by name, the layouts that look alike but belong to Wan 2.2."""
@@ -145,7 +160,7 @@ ESSENTIAL = (
 class Slots:
     """All that a condition can add to the trunk. T counts the canvas's latent frames, P the prefix's, R references.
 
-    concat          name -> (b, c, P+T, h, w), beside the latents; which names, see `CONCAT`
+    concat          name -> (b, c, P+T, h, w), beside the latents; which names, see `DiTLayout.concat`
     embed_add       (b, dim, P+T, h/2, w/2), added to the embedded patches
     prefix_tokens   (b, dim, R, h/2, w/2), whole embedded frames in front
     context_prefix  (b, n, dim) image tokens, any n
@@ -478,6 +493,13 @@ class DiT(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
+    def widened(self, in_dim: int) -> DiT:
+        """The same modules under a layout with further input channels. What makes the weights of these is worked in
+        while the model runs (see lora.py)."""
+        trunk = copy(self)
+        trunk.layout = replace(self.layout, in_dim=in_dim)
+        return trunk
+
     def forward(
         self, x: Tensor, timestep: Tensor, text: Tensor, injection: Slots | None = None, run: Run | None = None
     ) -> Tensor:
@@ -496,7 +518,7 @@ class DiT(nn.Module):
         modulation = add(modulation, slots.time_add)
 
         rows, text_bias = pad_text(text)
-        x = torch.cat([x, *(slots.concat[name] for name in CONCAT[self.layout.in_dim])], dim=1).to(dtype)
+        x = torch.cat([x, *(slots.concat[name] for name in self.layout.concat)], dim=1).to(dtype)
         x = add(self.patch_embedding(x), channels_last(slots.embed_add))  # (b, f, h/2, w/2, dim)
         x = prepend(channels_last(slots.prefix_tokens), x)
         grid = x.shape[1:4]
@@ -526,7 +548,7 @@ class DiT(nn.Module):
 
     def check(self, slots: Slots) -> None:
         """A `ModelError` where this model needs an input that is not there, or does not know one that is."""
-        wanted, given = CONCAT[self.layout.in_dim], slots.concat
+        wanted, given = self.layout.concat, slots.concat
         if set(wanted) != set(given):
             raise ModelError(
                 f"This model (in_dim {self.layout.in_dim}) reads {' + '.join(wanted) or 'nothing'} beside the latents, "

@@ -143,6 +143,7 @@ def sampling_phase(
     detail += [f"{len(spans)} windows"] if len(spans) > 1 else []
     pieces = f", layer by layer in pieces of {PRODUCT_TOKENS}" if grids[0] > PRODUCT_TOKENS else ""
     detail.append(f"{grids[0]} tokens{pieces}")
+    detail += ["a control video beside the latents"] if layout.is_controlled else []
     detail += [f"{model.cache.name} will skip some"] if model.cache else []
     return Phase(
         "sampling",
