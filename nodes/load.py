@@ -27,6 +27,13 @@ FILES_TOOLTIP = (
 )
 
 
+TINY = (
+    "{} is a tiny VAE, for previews and drafts. Its latents are taken to be {}; if colours are wrong, give the file "
+    "the name it was published under."
+)
+RAW, NORMALISED = "raw, as those of lighttaew2_1", "normalised, as those of taew2_1"
+
+
 def offered(kind: str, folder: str) -> list[str]:
     """The names to choose from: catalogued models first, then what lies in the host's folder."""
     return list(dict.fromkeys([*catalog.names(kind), *host.model_files(folder)]))
@@ -173,8 +180,10 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, weight_dtype, files="", library=None, offload=None):
-        source = chosen("vae", vae, files)
-        return io.NodeOutput(load_vae(source, weight_dtype, offload=offload, **place("vae", library)))
+        engine = load_vae(chosen("vae", vae, files), weight_dtype, offload=offload, **place("vae", library))
+        if engine.tiny:
+            host.say(TINY.format(engine.name, RAW if engine.module.raw else NORMALISED))
+        return io.NodeOutput(engine)
 
 
 class LoadImageEncoder(io.ComfyNode):

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..wan_core.errors import InputError
 from ..wan_core.loading.lora_files import load_lora
-from ..wan_core.room import encoding_room
 from ..wan_core.training.cache import Cache
 from ..wan_core.training.examples import Encoders, Examples, prepare
 from ..wan_core.training.flow import SAMPLINGS as TIMESTEPS
@@ -250,8 +249,7 @@ def names(text: str) -> list[str]:
 def prepared(dataset: TrainingData, encoders: Encoders, extra_inputs: list[str], watch: Watch) -> Examples:
     """The clips of a dataset encoded; what is wrong with some is said, if it was not before."""
     vae, cache = encoders.vae, Cache(host.output_dir() / CACHE)
-    width = vae.module.encoder.conv1.out_channels
-    with host.attached(vae, encoding_room(width, dataset.largest, vae.compute_dtype)):
+    with host.attached(vae, vae.encoding_room(dataset.largest)):
         examples, notes = prepare(
             dataset.items, dataset.framing, encoders, cache, extra_inputs, watch.prepared, **dataset.options
         )

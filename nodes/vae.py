@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..wan_core.errors import InputError
 from ..wan_core.fit import FITS, fit_clip
-from ..wan_core.room import decoding_room, encoding_room
 from ..wan_core.size import PIXELS_PER_LATENT, pixel_size, snap_size
 from .host import host, io
-from .wires import WanVAE, latent_samples, number_pair
+from .wires import WanVAE, latent_samples, number_pair, say_if_tiny
 
 # What tiles are added up in.
 SUMS = {"none": torch.float32, "DiffSynth": torch.bfloat16}
@@ -59,11 +57,11 @@ def in_colour(pixels: Tensor) -> Tensor:
     return pixels.div_(2).add_(0.5).clamp_(0, 1)
 
 
-def room(estimate: Callable, vae: Any, picture: tuple[int, int], tiles: dict) -> int:
-    """The working memory to ask of the host; picture: (height, width) in pixels."""
+def room(estimate: Callable, picture: tuple[int, int], tiles: dict) -> int:
+    """The working memory to ask of the host, by a VAE's estimate; picture: (height, width) in pixels."""
     if tiles["tiled"]:
         picture = tuple(PIXELS_PER_LATENT * side for side in tiles["tile_size"])
-    return estimate(vae.module.encoder.conv1.out_channels, picture, vae.compute_dtype)
+    return estimate(picture)
 
 
 class VAEEncode(io.ComfyNode):
@@ -103,9 +101,10 @@ class VAEEncode(io.ComfyNode):
         clip, note = fit_clip(images, width, height, frames, fit)
         if note:
             host.say(note)
+        say_if_tiny(vae)
         pixels = (clip.movedim(-1, 0)[None] * 2).sub_(1)  # (F, H, W, 3) in 0..1 -> (1, 3, F, H, W) in -1..1
         tiles = tiling(tiled, tile_size, tile_stride, rounding)
-        with host.attached(vae, room(encoding_room, vae, (height, width), tiles)):
+        with host.attached(vae, room(vae.encoding_room, (height, width), tiles)):
             samples = vae.encode(pixels, **tiles)  # (1, 16, T, h, w)
         samples = samples.float().to(host.intermediate_device())
         return io.NodeOutput({"samples": samples.repeat(batch, 1, 1, 1, 1)})
@@ -134,7 +133,7 @@ class VAEDecode(io.ComfyNode):
     def execute(cls, vae, latent, tiled, tile_size, tile_stride, rounding="none"):
         samples, tiles = latent_samples(latent), tiling(tiled, tile_size, tile_stride, rounding)
         _, *picture = pixel_size(*samples.shape[2:])
-        with host.attached(vae, room(decoding_room, vae, tuple(picture), tiles)):
+        with host.attached(vae, room(vae.decoding_room, tuple(picture), tiles)):
             pixels = vae.decode(samples, **tiles)  # (b, 3, F, H, W) in -1..1
         images = in_colour(pixels).movedim(1, -1).flatten(0, 1)  # (b * F, H, W, 3) in 0..1
         return io.NodeOutput(images.to(host.intermediate_device()))

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..wan_core.errors import FileError
-from ..wan_core.room import decoding_room
 from ..wan_core.size import pixel_size
 from ..wan_core.video import FORMATS, VIDEO_SUFFIXES, Stream, parse_size, read_video, save_video
 from .host import host, io
@@ -172,7 +171,7 @@ class DecodeAndSave(io.ComfyNode):
                 done += group.shape[2]
                 progress.update(done)
 
-        with host.attached(vae, room(decoding_room, vae, tuple(picture), tiles)):
+        with host.attached(vae, room(vae.decoding_room, tuple(picture), tiles)):
             stream = Stream((count, *picture, 3), pictures())
             return save(cls, stream, filename_prefix, frame_rate, format, quality, audio)
 

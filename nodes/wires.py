@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..wan_core.errors import InputError
 from ..wan_core.models.embedders import IMAGE_FEATURES
-from ..wan_core.room import decoding_room, encoding_room
 from ..wan_core.size import LATENT_CHANNELS, pixel_size
 from .host import host, io
 
@@ -23,6 +22,11 @@ WanLora = io.Custom("WAN_LORA")
 WanDataset = io.Custom("WAN_DATASET")
 WanOffload = io.Custom("WAN_OFFLOAD")
 WanLibrary = io.Custom("WAN_LIBRARY")
+
+TINY_ENCODES = (
+    "{} is a tiny VAE: what it encodes is a rough likeness, and the video will follow that. Encode with the full VAE, "
+    "and decode previews with this one."
+)
 
 
 def latent_samples(latent: dict[str, Any], name: str = "latent") -> Tensor:
@@ -57,15 +61,22 @@ def conditioning_text(conditioning: list, name: str) -> Tensor:
     return text
 
 
+def say_if_tiny(vae: Any) -> None:
+    """Before something is encoded that a video will follow."""
+    if getattr(vae, "tiny", False):
+        host.say(TINY_ENCODES.format(vae.name))
+
+
 def encode_with(vae: Any) -> Callable[[Tensor], Tensor]:
     """Pixels (1, 3, F, H, W) in -1..1 -> raw latents (1, 16, T, h, w), by our VAE or by ComfyUI's own."""
 
     def encode(pixels: Tensor) -> Tensor:
         if hasattr(vae, "first_stage_model"):  # ComfyUI's, which looks after its own memory
             return latent_samples({"samples": vae.encode(pixels[0].movedim(0, -1) / 2 + 0.5)}, "What vae makes").float()
-        width, picture = vae.module.encoder.conv1.out_channels, pixels.shape[3:]
-        with host.attached(vae, encoding_room(width, picture, vae.compute_dtype)):
+        with host.attached(vae, vae.encoding_room(tuple(pixels.shape[3:]))):
             return vae.encode(pixels)
+
+    say_if_tiny(vae)
 
     return encode
 
@@ -75,8 +86,7 @@ def decode_with(vae: Any) -> Callable[[Tensor], Tensor]:
 
     def decode(latents: Tensor) -> Tensor:
         _, *picture = pixel_size(*latents.shape[2:])
-        width = vae.module.encoder.conv1.out_channels
-        with host.attached(vae, decoding_room(width, tuple(picture), vae.compute_dtype)):
+        with host.attached(vae, vae.decoding_room(tuple(picture))):
             return (vae.decode(latents)[0].float() / 2 + 0.5).clamp(0, 1).movedim(0, -1)
 
     return decode

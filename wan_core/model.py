@@ -26,9 +26,10 @@ from .models.image_encoder import ImageEncoder
 from .models.network import Network
 from .models.text_encoder import UMT5Encoder
 from .models.tiling import Ladder, Size, ladder
+from .models.tiny_vae import TinyVAE
 from .models.tokenizer import MAX_TOKENS, Tokenizer, Tokens
 from .models.vace import VACE
-from .models.vae import SPATIAL_STRIDE, VideoVAE
+from .models.vae import SPATIAL_STRIDE, VideoCoder
 from .offload.options import Offload
 from .offload.policy import Plan, plan_all
 from .offload.recovery import Result, others_give, persist
@@ -277,9 +278,22 @@ class WanImageEncoder(Engine):
 class WanVAE(Engine):
     """Between pixels and raw latents (not normalised). Results are fp32 on the input's device."""
 
-    module: VideoVAE
+    module: VideoCoder
 
-    def attached(self, device: torch.device | str | None = None) -> AbstractContextManager[VideoVAE]:
+    @property
+    def tiny(self) -> bool:
+        """Whether this is a tiny VAE, for previews and drafts."""
+        return isinstance(self.module, TinyVAE)
+
+    def decoding_room(self, picture: Size, single: bool = False) -> int:
+        """Bytes that decoding needs beside the weights; arguments as for `room.decoding_room`."""
+        return decoding_room(self.module.width, picture, self.compute_dtype, single, self.tiny)
+
+    def encoding_room(self, picture: Size, single: bool = False) -> int:
+        """Bytes that encoding needs beside the weights."""
+        return encoding_room(self.module.width, picture, self.compute_dtype, single, self.tiny)
+
+    def attached(self, device: torch.device | str | None = None) -> AbstractContextManager[VideoCoder]:
         """As for every engine, but always with all weights on the device: they are few, and convolutions reuse them."""
         self.ensure(None, device)
         return super().attached(device)
@@ -298,7 +312,7 @@ class WanVAE(Engine):
 
         def encode() -> Tensor:
             with self.attached() as module:
-                return module.encode(pixels, **asdict(sizes.first(self._fits(encoding_room, pixels))))
+                return module.encode(pixels, **asdict(sizes.first(self._fits(self.encoding_room, pixels))))
 
         return self._persist(encode, sizes, "encoding a video")
 
@@ -309,7 +323,7 @@ class WanVAE(Engine):
 
         def decode() -> Tensor:
             with self.attached() as module:
-                return module.decode(latents, **asdict(sizes.first(self._fits(decoding_room, latents))))
+                return module.decode(latents, **asdict(sizes.first(self._fits(self.decoding_room, latents))))
 
         return self._persist(decode, sizes, "decoding a video")
 
@@ -324,13 +338,13 @@ class WanVAE(Engine):
             for clip in latents.split(1):
                 yield from self._clip_frames(module, clip, sizes)
 
-    def _clip_frames(self, module: VideoVAE, clip: Tensor, sizes: Ladder) -> Iterator[Tensor]:
+    def _clip_frames(self, module: VideoCoder, clip: Tensor, sizes: Ladder) -> Iterator[Tensor]:
         given, groups = 0, None
 
         def advance() -> Tensor | None:
             nonlocal groups
             if groups is None:
-                tiling = asdict(sizes.first(self._fits(decoding_room, clip)))
+                tiling = asdict(sizes.first(self._fits(self.decoding_room, clip)))
                 groups = behind(given, module.frames(clip, **tiling))
             try:
                 return next(groups, None)
@@ -344,11 +358,11 @@ class WanVAE(Engine):
 
     def _fits(self, room: Callable[..., int], clip: Tensor) -> Callable[[Size], bool]:
         """Whether there is memory now, by the estimate `room`, to work on (height, width) latents of `clip` at once."""
-        free, width = free_memory(self.device), self.module.encoder.conv1.out_channels
+        free = free_memory(self.device)
 
         def fits(size: Size) -> bool:
             picture = tuple(SPATIAL_STRIDE * side for side in size)
-            return free is None or room(width, picture, self.compute_dtype, clip.shape[2] == 1) <= free
+            return free is None or room(picture, clip.shape[2] == 1) <= free
 
         return fits
 

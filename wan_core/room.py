@@ -17,6 +17,7 @@ from .models.text_encoder import UMT5Layout
 
 # Full-size channels alive at once, in units of the network's width: in a clip, and in a single picture.
 DECODE_CHANNELS, ENCODE_CHANNELS = (44, 3.4), (35, 3)
+TINY_DECODE_CHANNELS, TINY_ENCODE_CHANNELS = (10.8, 10.4), (10.2, 8.2)  # of a tiny VAE, which makes four frames of one
 VACE_CHANNELS = 96  # of its context: kept and changed latents, and the mask
 FULL = torch.float32.itemsize
 ROTATION = torch.complex64.itemsize  # of a pair of numbers of a head
@@ -76,17 +77,23 @@ def image_room(layout: ImageEncoderLayout, dtype: torch.dtype) -> int:
     return layout.positions * (3 * layout.dim + 2 * layout.mlp_dim) * dtype.itemsize
 
 
-def decoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype, single: bool = False) -> int:
+def decoding_room(
+    width: int, picture: tuple[int, int], dtype: torch.dtype, single: bool = False, tiny: bool = False
+) -> int:
     """Bytes to decode a clip of any length, or a single picture, by a VAE of this width.
 
     picture: (height, width) in pixels, or a tile's.
     """
-    return int(DECODE_CHANNELS[single] * width * picture[0] * picture[1] * dtype.itemsize)
+    channels = (TINY_DECODE_CHANNELS if tiny else DECODE_CHANNELS)[single]
+    return int(channels * width * picture[0] * picture[1] * dtype.itemsize)
 
 
-def encoding_room(width: int, picture: tuple[int, int], dtype: torch.dtype, single: bool = False) -> int:
+def encoding_room(
+    width: int, picture: tuple[int, int], dtype: torch.dtype, single: bool = False, tiny: bool = False
+) -> int:
     """Bytes to encode; arguments as for `decoding_room`."""
-    return int(ENCODE_CHANNELS[single] * width * picture[0] * picture[1] * dtype.itemsize)
+    channels = (TINY_ENCODE_CHANNELS if tiny else ENCODE_CHANNELS)[single]
+    return int(channels * width * picture[0] * picture[1] * dtype.itemsize)
 
 
 def widened_room(module: nn.Module, dtype: torch.dtype) -> int:

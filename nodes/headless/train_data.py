@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from ...wan_core.errors import InputError
 from ...wan_core.model import WanModel, WanVAE
-from ...wan_core.room import encoding_room
 from ...wan_core.sampling.loop import Settings as SamplingSettings
 from ...wan_core.training.cache import Cache
 from ...wan_core.training.clips import Library
@@ -107,8 +106,7 @@ def encoded(
 
 def room_for(pieces: Sequence[Piece], vae: WanVAE) -> int:
     """Bytes that the VAE needs to encode the largest of them."""
-    width = vae.module.encoder.conv1.out_channels
-    return max(encoding_room(width, (piece.cut.height, piece.cut.width), vae.compute_dtype) for piece in pieces)
+    return max(vae.encoding_room((piece.cut.height, piece.cut.width)) for piece in pieces)
 
 
 def validation_sample(options: Namespace, items: Sequence[Item], encoders: Encoders) -> Sample:

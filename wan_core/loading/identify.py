@@ -149,8 +149,8 @@ def _text_encoder(shapes: Shapes) -> Identity | None:
 
 
 def _vae(shapes: Shapes) -> Identity | None:
-    if "decoder.22.bias" in shapes or "taesd.decoder.22.bias" in shapes:
-        return Identity("unknown", "a tiny preview VAE (TAE), not a full VAE")
+    if "decoder.22.bias" in shapes:
+        return _tiny_vae(shapes)
     if "decoder.mid_block.resnets.0.conv1.weight" in shapes or "decoder.mid.block_1.conv1.weight" in shapes:
         return Identity("unknown", "a VAE in the layout of another model or program, which WanFlow cannot read yet")
     latent = shapes.get("conv2.weight", ())
@@ -163,6 +163,15 @@ def _vae(shapes: Shapes) -> Identity | None:
     if "encoder.conv1.weight" not in shapes:
         return Identity("unknown", "a VAE decoder without its encoder")
     return Identity("vae", f"a Wan 2.1 VAE (base width {shapes['encoder.conv1.weight'][0]})")
+
+
+def _tiny_vae(shapes: Shapes) -> Identity:
+    latent = shapes.get("decoder.1.weight", (0, 0))[1]
+    if latent != 16 or shapes["decoder.22.bias"] != (3,):
+        return Identity("unknown", f"a tiny preview VAE (TAE) of another model ({latent or 'unknown'} latent channels)")
+    if "encoder.0.weight" not in shapes:
+        return Identity("unknown", "a tiny preview VAE (TAE) without its encoder")
+    return Identity("vae", f"a tiny Wan 2.1 VAE, for previews (base width {shapes['encoder.0.weight'][0]})")
 
 
 def _image_encoder(shapes: Shapes) -> Identity | None:

@@ -24,6 +24,7 @@ from .keymaps import UMT5_DECODER, bundled, find_layout, is_marker, strip_prefix
 from .outline import published_layout, published_network
 from .page import Fact, page
 from .shards import group
+from .tiny import is_tiny, keeps_raw
 
 SHOWN_METADATA = 12
 SHOWN_NAMES = 4
@@ -198,6 +199,11 @@ def text_encoder_facts(checkpoint: Checkpoint) -> Iterable[Fact]:
 
 
 def vae_facts(checkpoint: Checkpoint) -> Iterable[Fact]:
+    if is_tiny(checkpoint.shapes):
+        width = checkpoint.shapes["encoder.0.weight"][0]
+        yield "network", f"base width {width}, 16 latent channels, 8 x 8 pixels and 4 frames to a latent"
+        yield "latents", "the full VAE's, as lighttaew2_1" if keeps_raw(checkpoint) else "normalised, as taew2_1"
+        return
     width = checkpoint.shapes["encoder.conv1.weight"][0]
     pruned = f", {1 - width / PUBLISHED_WIDTH:.0%} narrower than the published one" if width < PUBLISHED_WIDTH else ""
     yield "network", f"base width {width}{pruned}, 16 latent channels, 8 x 8 pixels and 4 frames to a latent"

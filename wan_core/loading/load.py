@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from ..models.image_encoder import ImageEncoder, ImageEncoderLayout
 from ..models.network import Network
 from ..models.packed import Packed, keep_packed, multiply_in_fp8
 from ..models.text_encoder import UMT5Encoder, UMT5Layout
+from ..models.tiny_vae import TinyVAE
 from ..models.tokenizer import PieceVocabulary, Tokenizer
 from ..models.vace import VACE, VACELayout
 from ..models.vae import VideoVAE
@@ -37,6 +39,7 @@ from .outline import Outline
 from .resting import on_disk
 from .rounding import kept
 from .sources import resolve, tokenizer_folder
+from .tiny import is_tiny, keeps_raw
 
 EMBEDDED_TOKENIZER = "spiece_model"  # ComfyUI's repackaged text encoders hold it as a tensor of bytes
 VACE_PREFIX = "vace_"  # of all its tensors, which lie beside the trunk's in whole models
@@ -139,15 +142,17 @@ def load_vae(
     library: Library = PLAIN,
     offload: Offload | None = None,
 ) -> WanVAE:
-    """Load a VAE; arguments and errors as for `load_model`. There is no 8-bit type for it."""
+    """Load a VAE, full or tiny; arguments and errors as for `load_model`. There is no 8-bit type for it."""
     wanted = weight_dtype if offload is None else offload.weight_dtype(weight_dtype)
     if storage(wanted).is_narrow:
         raise InputError(
             f"weight_dtype '{wanted}' is for linear layers, and a VAE is made of convolutions. "
             f"Choose one of {', '.join(UNSCALED)}."
         )
-    checkpoint, weight_dtype = _at_rest(_open(source, "vae", library), weight_dtype, offload, library)
-    module = build(lambda: VideoVAE.from_shapes(checkpoint.shapes), checkpoint, weight_dtype)
+    found = _open(source, "vae", library)
+    family = partial(TinyVAE.from_shapes, raw=keeps_raw(found)) if is_tiny(found.shapes) else VideoVAE.from_shapes
+    checkpoint, weight_dtype = _at_rest(found, weight_dtype, offload, library)
+    module = build(lambda: family(checkpoint.shapes), checkpoint, weight_dtype)
     target = torch.device(device) if device is not None else default_device()
     # On a CPU its fast forms are those of fp32; 16 bits would save a quarter of the time and cost 1 % of the picture.
     dtype = torch.float32 if target.type == "cpu" else None

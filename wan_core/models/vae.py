@@ -92,44 +92,24 @@ class Decoder(nn.Module):
         return run([self.conv1, *self.middle, *self.upsamples, *self.head], x, memory)
 
 
-class VideoVAE(nn.Module):
-    """Encoder and decoder between pixels (b, 3, 4n+1, 8h, 8w) in -1..1 and raw latents (b, 16, n+1, h, w).
+class VideoCoder(nn.Module):
+    """What turns pixels (b, 3, 4n+1, 8h, 8w) in -1..1 into raw latents (b, 16, n+1, h, w) and back.
 
-    The type of the input decides the arithmetic and the device of the weights the place; results are fp32 and lie
-    where the input lay, so a long clip may stay in RAM while a GPU codes it group by group.
+    A network says by `encode_groups` and `decode_groups` how it works on one clip; batches, tiles and what is given
+    out frame by frame are the same for all. Results are fp32 and lie where the input lay, so a long clip may stay in
+    RAM while a GPU codes it group by group.
     """
 
-    def __init__(self, dim: int = 96, latent_channels: int = LATENT_CHANNELS):
-        super().__init__()
-        self.latent_channels = latent_channels
-        self.encoder = Encoder(dim, latent_channels * 2)
-        self.conv1 = CausalConv3d(latent_channels * 2, latent_channels * 2, POINT)
-        self.conv2 = CausalConv3d(latent_channels, latent_channels, POINT)
-        self.decoder = Decoder(dim, latent_channels)
+    latent_channels: int
+    width: int  # channels where it sees whole pictures
 
-    @classmethod
-    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> VideoVAE:
-        """The network whose tensors have these shapes; raises ModelError where it is another family's."""
-        if "encoder.conv1.weight" not in shapes or "conv2.weight" not in shapes:
-            raise ModelError(
-                "This is not a Wan 2.1 VAE in its published layout: it has no encoder.conv1.weight and conv2.weight. "
-                "Load Wan2.1_VAE.pth or wan_2.1_vae.safetensors."
-            )
-        dim, latent_channels = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
-        if latent_channels != LATENT_CHANNELS:
-            raise ModelError(
-                f"This VAE makes latents of {latent_channels} channels (48 is Wan 2.2), but Wan 2.1 models need "
-                f"{LATENT_CHANNELS}. Load Wan2.1_VAE.pth or wan_2.1_vae.safetensors."
-            )
-        return cls(dim)
+    def encode_groups(self, pixels: Tensor) -> Iterator[Tensor]:
+        """The latents of a clip, some frames at a time."""
+        raise NotImplementedError
 
-    def encode_whole(self, pixels: Tensor) -> Tensor:
-        """(b, 3, 4n+1, H, W) -> the mean latents (b, 16, n+1, H/8, W/8), all frames in one pass: for training."""
-        return self.encode_group(pixels, Memory(final=True))
-
-    def decode_whole(self, latents: Tensor) -> Tensor:
-        """(b, 16, n+1, h, w) -> (b, 3, 4n+1, 8h, 8w), not clamped, all frames in one pass: for training."""
-        return self.decode_group(latents, Memory(final=True))
+    def decode_groups(self, latents: Tensor) -> Iterator[Tensor]:
+        """The pixels of a clip, not clamped, some frames at a time."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def encode(
@@ -183,6 +163,43 @@ class VideoVAE(nn.Module):
             return
         for group in self.decode_groups(latents):
             yield group.to(latents.device, torch.float32).clamp_(-1, 1)
+
+
+class VideoVAE(VideoCoder):
+    """The published encoder and decoder. The type of the input decides the arithmetic, the device of the weights the
+    place."""
+
+    def __init__(self, dim: int = 96, latent_channels: int = LATENT_CHANNELS):
+        super().__init__()
+        self.latent_channels, self.width = latent_channels, dim
+        self.encoder = Encoder(dim, latent_channels * 2)
+        self.conv1 = CausalConv3d(latent_channels * 2, latent_channels * 2, POINT)
+        self.conv2 = CausalConv3d(latent_channels, latent_channels, POINT)
+        self.decoder = Decoder(dim, latent_channels)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> VideoVAE:
+        """The network whose tensors have these shapes; raises ModelError where it is another family's."""
+        if "encoder.conv1.weight" not in shapes or "conv2.weight" not in shapes:
+            raise ModelError(
+                "This is not a Wan 2.1 VAE in its published layout: it has no encoder.conv1.weight and conv2.weight. "
+                "Load Wan2.1_VAE.pth or wan_2.1_vae.safetensors."
+            )
+        dim, latent_channels = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
+        if latent_channels != LATENT_CHANNELS:
+            raise ModelError(
+                f"This VAE makes latents of {latent_channels} channels (48 is Wan 2.2), but Wan 2.1 models need "
+                f"{LATENT_CHANNELS}. Load Wan2.1_VAE.pth or wan_2.1_vae.safetensors."
+            )
+        return cls(dim)
+
+    def encode_whole(self, pixels: Tensor) -> Tensor:
+        """(b, 3, 4n+1, H, W) -> the mean latents (b, 16, n+1, H/8, W/8), all frames in one pass: for training."""
+        return self.encode_group(pixels, Memory(final=True))
+
+    def decode_whole(self, latents: Tensor) -> Tensor:
+        """(b, 16, n+1, h, w) -> (b, 3, 4n+1, 8h, 8w), not clamped, all frames in one pass: for training."""
+        return self.decode_group(latents, Memory(final=True))
 
     def order_weights(self) -> None:
         """Keep the convolutions' weights in channels-last order, like the activations: no call has to turn them."""

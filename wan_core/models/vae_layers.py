@@ -221,7 +221,8 @@ class DoublingConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        weight, bias = phase_weights(widened(self.weight, x)), widened(self.bias, x).repeat(4)
+        weight, bias = phase_weights(widened(self.weight, x)), widened(self.bias, x)
+        bias = None if bias is None else bias.repeat(4)
         windows = F.conv2d(x, weight, bias, padding=1)  # (n, 4 d, h+1, w+1)
         out = x.new_empty(n, 2 * h, 2 * w, self.out_channels).permute(0, 3, 1, 2)
         for phase, values in enumerate(windows.chunk(4, dim=1)):

@@ -15,12 +15,11 @@ from ..models.dit import PATCH, PRODUCT_TOKENS
 from ..models.tiling import Size, ladder, tiles
 from ..models.tokenizer import MAX_TOKENS
 from ..offload.residency import Residency
-from ..room import decoding_room, encoding_room
 from ..sampling.contexts import contexts_room
 from ..sampling.loop import Settings, in_front, working_room
 from ..size import PIXELS_PER_LATENT, pixel_size
 from .machines import Machine
-from .work import VAE_DECODE, VAE_ENCODE, coding_work, image_work, text_work, trunk_work
+from .work import TINY_DECODE, TINY_ENCODE, VAE_DECODE, VAE_ENCODE, coding_work, image_work, text_work, trunk_work
 
 CARD = torch.device("cuda")
 FLOAT = 4  # bytes of a number of what waits between nodes
@@ -75,9 +74,9 @@ def image_phase(encoder: WanImageEncoder) -> Phase:
 def encoding_phase(vae: WanVAE, frames: int, height: int, width: int, free: int | None, **tiling) -> Phase:
     """A clip of this size, in pixels, where `free` bytes of the device are free (None: unknown). Tiling: the VAE's."""
     shape = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
-    estimate = partial(encoding_room, single=frames == 1)
-    room, share, detail = coding(vae, estimate, shape, free, tiling)
-    work = coding_work(width_of(vae), frames, height, width, VAE_ENCODE) * share
+    estimate = partial(vae.encoding_room, single=frames == 1)
+    room, share, detail = coding(estimate, shape, free, tiling)
+    work = coding_work(vae.module.width, frames, height, width, TINY_ENCODE if vae.tiny else VAE_ENCODE) * share
     kept = 3 * frames * height * width * FLOAT + reordered(vae, free)
     return Phase("VAE encoding", vae, room, kept, work=work, detail=detail)
 
@@ -86,22 +85,21 @@ def decoding_phase(vae: WanVAE, latent: Sequence[int], free: int | None, **tilin
     """Latents (b, 16, T, h, w); the rest as for encoding."""
     rows, _, *size = latent
     frames, height, width = pixel_size(*size)
-    estimate = partial(decoding_room, single=frames == 1)
-    room, share, detail = coding(vae, estimate, tuple(size[1:]), free, tiling)
-    work = coding_work(width_of(vae), rows * frames, height, width, VAE_DECODE) * share
+    estimate = partial(vae.decoding_room, single=frames == 1)
+    room, share, detail = coding(estimate, tuple(size[1:]), free, tiling)
+    work = coding_work(vae.module.width, rows * frames, height, width, TINY_DECODE if vae.tiny else VAE_DECODE) * share
     kept = rows * 3 * frames * height * width * FLOAT + reordered(vae, free)
     return Phase("VAE decoding", vae, room, kept, work=work, detail=detail)
 
 
-def coding(vae: WanVAE, estimate: Callable, shape: Size, free: int | None, asked: dict) -> tuple[int, float, str]:
+def coding(estimate: Callable, shape: Size, free: int | None, asked: dict) -> tuple[int, float, str]:
     """The room for pictures of this shape of latents, how many times the picture is coded in all, and a word on tiles.
 
     The steps down to smaller tiles, and the choice among them, are the VAE's own.
     """
 
     def room(size: Size) -> int:
-        pixels = tuple(PIXELS_PER_LATENT * side for side in size)
-        return estimate(width_of(vae), pixels, vae.compute_dtype)
+        return estimate(tuple(PIXELS_PER_LATENT * side for side in size))
 
     chosen = ladder(shape, **asked).first(lambda size: free is None or room(size) <= free)
     size = chosen.largest(shape)
@@ -115,11 +113,7 @@ def coding(vae: WanVAE, estimate: Callable, shape: Size, free: int | None, asked
 
 def reordered(vae: WanVAE, free: int | None) -> int:
     """Bytes of main memory that the weights take in the order in which a processor convolves fastest."""
-    return vae.stored_bytes() if free is None else 0
-
-
-def width_of(vae: WanVAE) -> int:
-    return vae.module.encoder.conv1.out_channels
+    return vae.stored_bytes() if free is None and not vae.tiny else 0
 
 
 def sampling_phase(

@@ -10,8 +10,9 @@ from ..models.image_encoder import ImageEncoderLayout
 from ..models.text_encoder import UMT5Layout
 from ..models.vace import VACELayout
 
-VAE_DECODE, VAE_ENCODE = 8_510_000, 5_070_000  # for each pixel of each frame, at the published width
-VAE_WIDTH = 96
+# For each pixel of each frame, by a VAE of this width.
+VAE_DECODE, VAE_ENCODE = (8_510_000, 96), (5_070_000, 96)
+TINY_DECODE, TINY_ENCODE = (284_000, 64), (157_000, 64)
 LOOK = 4  # a query meets a key and a value, a product and a sum each
 
 
@@ -44,6 +45,7 @@ def image_work(layout: ImageEncoderLayout) -> float:
     return layout.layers * layer + 2 * n * dim * 3 * layout.patch**2
 
 
-def coding_work(width: int, frames: int, height: int, rows: int, per_pixel: int) -> float:
-    """Decoding or encoding (VAE_DECODE, VAE_ENCODE) `frames` frames by a VAE of this width, without tiles."""
-    return per_pixel * (width / VAE_WIDTH) ** 2 * frames * height * rows
+def coding_work(width: int, frames: int, height: int, rows: int, published: tuple[int, int]) -> float:
+    """Decoding or encoding (VAE_DECODE, ...) `frames` frames by a VAE of this width, without tiles."""
+    per_pixel, published_width = published
+    return per_pixel * (width / published_width) ** 2 * frames * height * rows

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..adapters.image import as_pixels
 from ..adapters.injection import Canvas, Condition, Injection, inject, side_by_side
-from ..errors import InputError, WanError
+from ..errors import InputError, ModelError, WanError
 from ..model import Engine, WanImageEncoder, WanTextEncoder, WanVAE
 from ..models.network import Network
 from ..models.vae import normalised
@@ -160,8 +160,14 @@ def prepare(
     """Encode what the cache does not hold yet; the examples, and a sentence for everything left out or shortened.
 
     flip: see `survey`; workers: how many clips are read while another one is encoded.
-    Raises InputError for an extra input that does not exist, and where nothing is left to train on.
+    Raises InputError for an extra input that does not exist, and where nothing is left to train on; ModelError for a
+    tiny VAE.
     """
+    if encoders.vae.tiny:
+        raise ModelError(
+            f"{encoders.vae.name} is a tiny VAE, for previews: what is trained on its latents learns its blur. "
+            "Train with the full one, Wan2.1_VAE.pth or wan_2.1_vae.safetensors."
+        )
     if not 0 <= caption_dropout <= 1:
         raise InputError(f"caption_dropout is {caption_dropout}, but it is a share, from 0 to 1.")
     library = Library(cache.folder / "files.json")
