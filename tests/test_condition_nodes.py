@@ -20,7 +20,8 @@ LATENT = {"samples": torch.zeros(1, 16, 3, 4, 6)}  # 9 frames of 48x32
 class MeanVAE:
     """Latents are the mean colour of what lies under them."""
 
-    module, compute_dtype = VideoVAE(8), torch.float32
+    def encoding_room(self, picture):
+        return 0
 
     def attached(self, device=None):
         return nullcontext(self)
