@@ -11,7 +11,7 @@ from comfyui_wanflow.wan_core.adapters.speed import SpeedCondition
 from comfyui_wanflow.wan_core.adapters.vace import VACECondition
 from comfyui_wanflow.wan_core.errors import InputError
 from comfyui_wanflow.wan_core.fit import FITS
-from comfyui_wanflow.wan_core.models.vae import VideoVAE, unnormalised
+from comfyui_wanflow.wan_core.models.vae import unnormalised
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_classes()}
 LATENT = {"samples": torch.zeros(1, 16, 3, 4, 6)}  # 9 frames of 48x32

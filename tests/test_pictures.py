@@ -16,7 +16,7 @@ from comfyui_wanflow.wan_core.adapters.reference import ReferenceCondition, refe
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
-from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD, VideoVAE
+from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD
 from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
