@@ -245,6 +245,12 @@ def test_frames_that_are_saved_while_they_are_decoded_do_not_wait():
     assert streamed.outlooks[-1].vram == whole.outlooks[-2].vram and streamed.ram < whole.ram
 
 
+def test_optional_inputs_of_the_sampler_are_no_hindrance():
+    workflow = read_workflow("quickstart")
+    workflow["7"]["inputs"] |= {"denoise_as": "ComfyUI", "rounding": "none", "cfg_end": 0.5}
+    assert Rehearsal(Machine("processor", None, 8 * GIB, 1e11)).run(workflow)
+
+
 def test_the_command(capsys):
     options = ["--card", "nvidia rtx4090", "--ram", "16", "--set", "6.num_frames=161"]
     assert main(["plan", "Wan2.1-T2V-1.3B", *options]) == 0

@@ -32,7 +32,7 @@ class GaussianField:
     """A trunk that knows one thing: clean latents are N(the text's value, SPREAD^2) everywhere. Keeps its calls."""
 
     def __init__(self):
-        self.layout = SimpleNamespace(in_dim=16, text_dim=8, image_tokens=False)
+        self.layout = SimpleNamespace(in_dim=16, text_dim=8, image_tokens=False, concat={})
         self.calls = []
 
     def __call__(self, x, timestep, text, injection, run):

@@ -132,7 +132,7 @@ class Rehearsal:
         return [[tensor(1, most_tokens(text), 1), {}]], ""
 
     def sample(self, model, positive, latent, seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device,
-               negative=None, conditions=()):  # fmt: skip
+               negative=None, conditions=(), **_):  # fmt: skip
         settings = Settings(seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device)
         tokens = max(text[0][0].shape[1] for text in (positive, negative) if text is not None)
         self.note(sampling_phase(model, latent["samples"].shape, settings, conditions, tokens))
