@@ -49,6 +49,7 @@ def workflows() -> dict[str, dict[str, Any]]:
         if row.name != TOY:
             named |= examples(row)
     named["video_to_video"] = video_to_video(catalog.BY_NAME["Wan2.1-T2V-1.3B"])
+    named["few_steps"] = few_steps(catalog.BY_NAME["Wan2.1-T2V-14B"])
     named["train_and_use"] = train_and_use(catalog.BY_NAME[TOY])
     for name, workflow in named.items():
         workflow["9"]["inputs"]["filename_prefix"] = "quickstart" if name == "quickstart" else f"WanFlow/{name}"
@@ -97,6 +98,16 @@ def video_to_video(row: catalog.Row) -> dict[str, Any]:
     video = add(workflow, load_video("Video to Change", VIDEO, row))
     encoded = add(workflow, node("VAEEncode", "Wan VAE Encode", images=video, **CANVAS, **TILES))
     workflow["7"]["inputs"] |= {"latent": encoded, "denoise": 0.7}
+    return workflow
+
+
+def few_steps(row: catalog.Row) -> dict[str, Any]:
+    """As docs/few_steps.md says for lightx2v's LoRA, which the user has to choose: it may be called anything."""
+    workflow = text_to_video(row)
+    lora = node("ApplyLora", "Apply Wan LoRA (choose lightx2v's)", model=["1", 0], lora_name="none", strength=1.0)
+    sampler = workflow["7"]["inputs"]
+    sampler |= {"model": add(workflow, lora), "steps": 4, "cfg": 1.0, "shift": 5.0, "scheduler": "lcm"}
+    del sampler["negative"], workflow["5"]
     return workflow
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..wan_core.sampling.loop import DENOISE_AS, STATES, Settings, sample, working_room
-from ..wan_core.sampling.schedules import SOLVERS
+from ..wan_core.sampling.schedules import SOLVERS, read_timesteps
 from ..wan_core.size import latent_shape, snap_size
 from .host import host, io
 from .wires import WanConditions, WanModel, conditioning_text, latent_samples, refuse_noise_mask
@@ -105,7 +105,8 @@ class Sampler(io.ComfyNode):
                     "scheduler",
                     options=list(SOLVERS),
                     default="euler",
-                    tooltip="How the steps are computed. unipc and dpm++ reach a given quality in fewer steps.",
+                    tooltip="How the steps are computed. unipc and dpm++ reach a given quality in fewer steps; lcm is "
+                    "for distilled models only.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -152,6 +153,13 @@ class Sampler(io.ComfyNode):
                     tooltip="The part of the run up to which cfg works. After it only positive is used, in half the "
                     "time: 0.5 saves a quarter of the run.",
                 ),
+                io.String.Input(
+                    "timesteps",
+                    default="",
+                    optional=True,
+                    tooltip="For distilled models: the noise level of each step, 1000 to 0, such as 1000, 757, 522 for "
+                    "FastWan. Empty: as shift spaces them.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Wan VAE Decode, or core's VAE Decode.")],
             hidden=[io.Hidden.unique_id],
@@ -161,11 +169,11 @@ class Sampler(io.ComfyNode):
     def execute(
         cls, model, positive, latent, seed, rand_device, steps, cfg, cfg_merge, shift, scheduler, denoise,
         negative=None, conditions=(), denoise_as="DiffSynth", rounding="none",
-        cfg_start=0.0, cfg_end=1.0,
+        cfg_start=0.0, cfg_end=1.0, timesteps="",
     ):  # fmt: skip
         settings = Settings(
             seed, steps, cfg, cfg_merge, shift, scheduler, denoise, rand_device, denoise_as, rounding,
-            cfg_start, cfg_end,
+            cfg_start, cfg_end, read_timesteps(timesteps),
         )  # fmt: skip
         samples = latent_samples(latent)
         refuse_noise_mask(latent)

@@ -280,3 +280,24 @@ def test_caches_begin_anew_where_guidance_begins_or_ends(cache, windows):
 def test_impossible_parts_are_sentences(values):
     with pytest.raises(InputError, match="cfg_start has to be before cfg_end"):
         Settings(0, **values)
+
+
+# ---- new noise in every step ------------------------------------------------------------------------------------
+
+
+def test_lcm_by_hand():
+    wan, settings = model("T2V"), Settings(5, 3, cfg=1.0, scheduler="lcm", timesteps=(1000.0, 757.0, 522.0))
+    got = sample(wan, random(1, 4, 8, seed=7), None, torch.zeros(LATENT), settings)
+    x, sigmas = torch.randn(LATENT, generator=torch.Generator().manual_seed(5)), [1.0, 0.757, 0.522, 0.0]
+    with torch.no_grad(), wan.attached() as network:
+        for i in range(3):
+            clean = x - sigmas[i] * network.trunk(x, torch.tensor([1000 * sigmas[i]]), random(1, 4, 8, seed=7))
+            noise = torch.randn(LATENT, generator=torch.Generator().manual_seed(5 + i + 1))
+            x = (1 - sigmas[i + 1]) * clean + sigmas[i + 1] * noise
+    assert relative_error(got, loop.unnormalised(x)) <= 1e-5
+    assert torch.equal(got, sample(wan, random(1, 4, 8, seed=7), None, torch.zeros(LATENT), settings))
+
+
+def test_the_highest_seed_has_noise_after_it():
+    settings = {"seed": loop.HIGHEST_SEED, "scheduler": "lcm", "steps": 4}
+    assert video(model("VACE"), "VACE pictures", **settings).isfinite().all()

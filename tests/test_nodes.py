@@ -49,7 +49,7 @@ RELEASED = {
     "WanFlowTextEncode": ("text_encoder text", "", "conditioning report"),
     "WanFlowSampler": (
         "model positive latent seed rand_device steps cfg cfg_merge shift scheduler denoise",
-        "negative conditions denoise_as rounding cfg_start cfg_end",
+        "negative conditions denoise_as rounding cfg_start cfg_end timesteps",
         "latent",
     ),
     "WanFlowVAEEncode": ("vae images fit tiled tile_size tile_stride", "latent rounding", "latent"),

@@ -307,3 +307,24 @@ def test_impossible_inputs_are_sentences(field):
 @pytest.mark.parametrize("scheduler", SOLVERS)
 def test_one_step_works(field, scheduler):
     assert sample(field, text(0), text(1), EMPTY, Settings(0, 1, scheduler=scheduler)).isfinite().all()
+
+
+# ---- distilled models -------------------------------------------------------------------------------------------
+
+
+def test_timesteps_are_the_levels_of_the_steps():
+    settings = Settings(0, 3, timesteps=(1000.0, 757.0, 522.0), scheduler="lcm")
+    assert settings.levels() == [1.0, 0.757, 0.522, 0.0]
+    assert Settings(0, 1, timesteps=(1000.0,), scheduler="unipc").levels() == [0.999, 0.0]
+
+
+@pytest.mark.parametrize("values, sentence", [
+    ({"steps": 4, "timesteps": (1000.0, 757.0, 522.0)}, r"timesteps names 3 steps .1000, 757, 522., but steps is 4"),
+    ({"steps": 2, "timesteps": (500.0, 600.0)}, "timesteps is 500, 600, but the numbers have to fall"),
+    ({"steps": 1, "timesteps": (1001.0,)}, "from 1000 at most"),
+    ({"steps": 2, "timesteps": (500.0, 0.0)}, "to above 0"),
+    ({"steps": 1, "timesteps": (500.0,), "denoise": 0.5}, "timesteps says where to begin"),
+])  # fmt: skip
+def test_impossible_timesteps_are_sentences(values, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Settings(0, **values)

@@ -5,8 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_wanflow.wan_core.sampling.schedules import SOLVERS, noise_levels
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from comfyui_wanflow.wan_core.errors import InputError
+from comfyui_wanflow.wan_core.sampling.schedules import SOLVERS, noise_levels, read_timesteps
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "scheduler.safetensors"
@@ -44,7 +50,7 @@ def test_levels_equal_the_recorded_reference(steps, strength, shift):
     assert torch.allclose(torch.tensor(levels[:-1]), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["euler", "unipc", "dpm++"])
 @pytest.mark.parametrize("steps, shift", [(1, 5.0), (2, 1.0), (3, 5.0), (20, 5.0), (30, 16.0)])
 def test_equals_diffusers(name, steps, shift):
     twin = diffusers_twin(name, shift)
@@ -62,6 +68,34 @@ def test_equals_diffusers(name, steps, shift):
         expected = twin.step(velocity, timestep, expected, return_dict=False)[0]
         x = solver.step(i, x, curved_velocity(x, solver.sigmas[i]))
         assert (x - expected).norm() / expected.norm() <= 1e-6, f"step {i}"
+
+
+@pytest.mark.parametrize("sigmas", [noise_levels(4, 5.0, 1.0), [1.0, 0.757, 0.522, 0.0], [0.8, 0.0]])
+def test_lcm_equals_diffusers(sigmas):
+    """Its draws and ours, from generators with the same seed."""
+    theirs, ours = (torch.Generator().manual_seed(3) for _ in range(2))
+    twin = FlowMatchLCMScheduler(shift=1.0)
+    twin.set_timesteps(sigmas=sigmas[:-1])
+    x = expected = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
+    solver = SOLVERS["lcm"](sigmas, lambda i: torch.randn(x.shape, generator=ours))
+    for i, timestep in enumerate(twin.timesteps):
+        velocity = curved_velocity(expected, sigmas[i])
+        expected = twin.step(velocity, timestep, expected, generator=theirs, return_dict=False)[0]
+        x = solver.step(i, x, curved_velocity(x, sigmas[i]))
+        assert (x - expected).norm() / expected.norm() <= 1e-6, f"step {i}"
+
+
+@pytest.mark.parametrize(
+    "text, numbers", [("", ()), ("1000, 757, 522", (1000, 757, 522)), ("1000 757.5", (1000, 757.5))]
+)
+def test_timesteps_as_users_write_them(text, numbers):
+    assert read_timesteps(text) == numbers
+    with pytest.raises(InputError, match="it has to be numbers, such as 1000, 757, 522"):
+        read_timesteps("1000, fast")
+
+
+def still(i):
+    return torch.zeros(())
 
 
 def gaussian(mean, spread):
@@ -99,15 +133,15 @@ def test_converges_to_the_exact_flow_with_its_order(name, order):
 
 def test_full_runs_start_where_the_official_code_starts():
     first = {name: noise_levels(50, 5.0, solver.highest)[0] for name, solver in SOLVERS.items()}
-    assert first == {"euler": 1.0, "dpm++": 1.0, "unipc": pytest.approx(5 * 0.999 / (1 + 4 * 0.999))}
+    assert first == {"euler": 1.0, "dpm++": 1.0, "lcm": 1.0, "unipc": pytest.approx(5 * 0.999 / (1 + 4 * 0.999))}
 
 
 def test_the_solvers_are_different():
     x = torch.linspace(-2, 2, 9)
-    ends = [run(solver(noise_levels(8, 5.0, 0.9)), x) for solver in SOLVERS.values()]
+    ends = [run(solver(noise_levels(8, 5.0, 0.9), noise=still), x) for solver in SOLVERS.values()]
     assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(ends) for b in ends[:k])
 
 
 def test_the_state_stays_float32():
     for solver in SOLVERS.values():
-        assert run(solver(noise_levels(3, 5.0, 0.999)), torch.ones(2)).dtype == torch.float32
+        assert run(solver(noise_levels(3, 5.0, 0.999), noise=still), torch.ones(2)).dtype == torch.float32

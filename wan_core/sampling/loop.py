@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Settings:
     cfg_start, cfg_end: the part of the run, 0 to 1, that is guided by cfg; outside it the positive prompt works alone.
     denoise: below 1 the given video is kept in part; all steps are run, from a lower noise level. denoise_as: which
     one, see `levels`.
+    timesteps: the noise levels themselves, 1000 to 0, one a step; empty: as `shift` spaces them.
     rounding: "none" keeps all in fp32; "DiffSynth" rounds latents and timesteps to bf16 in every step, as
     DiffSynth-Studio does: only to make what it makes.
     """
@@ -59,6 +61,7 @@ class Settings:
     rounding: str = "none"
     cfg_start: float = 0.0
     cfg_end: float = 1.0
+    timesteps: tuple[float, ...] = ()
 
     def __post_init__(self):
         if not 0 <= self.seed <= HIGHEST_SEED:
@@ -78,9 +81,27 @@ class Settings:
                 f"cfg_start is {self.cfg_start} and cfg_end is {self.cfg_end}, but cfg_start has to be before cfg_end, "
                 "both within 0 and 1. For a run without guidance set cfg to 1."
             )
+        self.check_timesteps()
         for name, known in (("denoise_as", DENOISE_AS), ("rounding", STATES)):
             if getattr(self, name) not in known:
                 raise InputError(f"There is no {name} {getattr(self, name)!r}. Choose one of {', '.join(known)}.")
+
+    def check_timesteps(self) -> None:
+        named = ", ".join(f"{timestep:g}" for timestep in self.timesteps)
+        bounds = (1000.0, *self.timesteps, 0.0)
+        falling = all(later < level for level, later in pairwise(bounds[1:])) and bounds[0] >= bounds[1]
+        if self.timesteps and not falling:
+            raise InputError(f"timesteps is {named}, but the numbers have to fall, from 1000 at most to above 0.")
+        if self.timesteps and len(self.timesteps) != self.steps:
+            raise InputError(
+                f"timesteps names {len(self.timesteps)} steps ({named}), but steps is {self.steps}. "
+                f"Set steps to {len(self.timesteps)}, or leave timesteps empty."
+            )
+        if self.timesteps and self.denoise < 1:
+            raise InputError(
+                f"denoise is {self.denoise}, but timesteps says where to begin. Set denoise to 1, or leave timesteps "
+                "empty."
+            )
 
     def levels(self) -> list[float]:
         """The steps + 1 noise levels, falling to 0.
@@ -89,6 +110,8 @@ class Settings:
         run that begins with pure noise, whose number of steps is a whole one.
         """
         highest = SOLVERS[self.scheduler].highest
+        if self.timesteps:
+            return [min(timestep / 1000, highest) for timestep in self.timesteps] + [0.0]
         if self.denoise_as == "ComfyUI":
             return noise_levels(int(self.steps / self.denoise), self.shift, highest)[-self.steps - 1 :]
         return noise_levels(self.steps, self.shift, self.denoise * highest)
@@ -170,6 +193,10 @@ def sample(
 
         x = beginning(latent.to(device, torch.float32), injection.prefix_frames, settings)
         x = x if team is None else team.same(x)
+        def noise(i: int) -> Tensor:
+            fresh = draw_noise(latent.shape, injection.prefix, settings, i + 1).to(x)
+            return fresh if team is None else team.same(fresh)
+
         velocity = guided(predict, texts, settings, share)
 
         def repeated(x: Tensor, timestep: Tensor, step: int) -> Tensor:
@@ -180,7 +207,7 @@ def sample(
         if isinstance(model.cache, EasyCache):
             agreed = {} if team is None else {"agreed": team.same}
             repeated = skipping = Skipping(model.cache, repeated, settings.alike(), **agreed)
-        x = denoise(x, repeated, settings, report)
+        x = denoise(x, repeated, settings, report, noise)
         if skipping is not None and say is not None:
             say(model.cache.report(skipping.skipped))
     return unnormalised(x[:, :, injection.prefix :].float()).to(latent.device)
@@ -229,10 +256,17 @@ def beginning(latent: Tensor, prefix: Tensor | None, settings: Settings) -> Tens
     return (1 - sigma) * clean + sigma * noise
 
 
-def denoise(x: Tensor, velocity: Callable, settings: Settings, report: Callable[[int, Tensor], None]) -> Tensor:
-    """Walk x down the noise levels along velocity(x, timestep, step); `report` gets the clean video seen each step."""
+def denoise(
+    x: Tensor,
+    velocity: Callable,
+    settings: Settings,
+    report: Callable[[int, Tensor], None],
+    noise: Callable[[int], Tensor],
+) -> Tensor:
+    """Walk x down the noise levels along velocity(x, timestep, step), with noise(step) where a solver wants more;
+    `report` gets the clean video seen each step."""
     sigmas = settings.levels()
-    solver = SOLVERS[settings.scheduler](sigmas)
+    solver = SOLVERS[settings.scheduler](sigmas, noise)
     for i in range(settings.steps):
         v = velocity(x, timestep(sigmas[i], x.dtype).to(x.device), i)
         if not v.isfinite().all():
@@ -334,15 +368,16 @@ def check_latent(latent: Tensor, settings: Settings) -> None:
         )
 
 
-def draw_noise(shape: Sequence[int], prefix: int, settings: Settings) -> Tensor:
+def draw_noise(shape: Sequence[int], prefix: int, settings: Settings, step: int = 0) -> Tensor:
     """Normal noise (b, 16, P+T, h, w) fp32 for a canvas (b, 16, T, h, w) and `prefix` frames in front of it.
 
     The whole batch is one draw: for the same seed these are DiffSynth-Studio's and ComfyUI's numbers. The prefix is
-    drawn afterwards, so that it does not change the canvas's noise.
+    drawn afterwards, so that it does not change the canvas's noise. Each step that wants more has a seed of its own, so
+    that one that is done again finds the same.
     """
     device = settings.rand_device
     try:
-        generator = torch.Generator(device).manual_seed(settings.seed)
+        generator = torch.Generator(device).manual_seed((settings.seed + step) % 2**64)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise InputError(f"This computer cannot draw noise on rand_device {device!r}. Choose 'cpu'.") from error
     noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)

@@ -2,15 +2,19 @@
 
 The model was trained by flow matching: x = (1 - sigma) * clean + sigma * noise, and it predicts the velocity
 noise - clean. A solver object lives for one run: `step(i, x, velocity)` takes x from sigmas[i] to sigmas[i + 1].
-Levels and coefficients are Python floats (fp64), the state stays in the type of x. There is no hidden randomness.
+Levels and coefficients are Python floats (fp64), the state stays in the type of x. There is no hidden randomness: one
+that needs new noise is told where to get it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor
+
+from ..errors import InputError
 
 Level = TypeVar("Level", float, Tensor)
 
@@ -32,12 +36,20 @@ def noise_levels(steps: int, shift: float, highest: float) -> list[float]:
     return [shifted(highest * (1 - i / steps), shift) for i in range(steps)] + [0.0]
 
 
+def read_timesteps(text: str) -> tuple[float, ...]:
+    """Timesteps as a user writes them, such as "1000, 757, 522"; none for an empty text. Raises InputError."""
+    try:
+        return tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError as error:
+        raise InputError(f"timesteps is {text!r}, but it has to be numbers, such as 1000, 757, 522.") from error
+
+
 class Euler:
     """The straight line along the velocity: first order, the default of DiffSynth-Studio."""
 
     highest = 1.0  # the level of a full run's first step
 
-    def __init__(self, sigmas: list[float]):
+    def __init__(self, sigmas: list[float], noise: Callable[[int], Tensor] | None = None):
         self.sigmas = sigmas
 
     def step(self, i: int, x: Tensor, velocity: Tensor) -> Tensor:
@@ -58,7 +70,7 @@ class DPMSolver:
 
     highest = 1.0
 
-    def __init__(self, sigmas: list[float]):
+    def __init__(self, sigmas: list[float], noise: Callable[[int], Tensor] | None = None):
         self.sigmas = sigmas
         self.clean: list[Tensor] = []  # the clean videos predicted in the last two steps
 
@@ -127,5 +139,21 @@ class UniPC(DPMSolver):
         return past / ratio, first - past
 
 
+class LCM:
+    """Jump to the clean video, then back to the next level with new noise: how distilled models were trained to walk.
+
+    noise(i): for step i, as x. Luo et al., "Latent Consistency Models", arXiv 2310.04378, algorithm 3, for flows.
+    """
+
+    highest = 1.0
+
+    def __init__(self, sigmas: list[float], noise: Callable[[int], Tensor]):
+        self.sigmas, self.noise = sigmas, noise
+
+    def step(self, i: int, x: Tensor, velocity: Tensor) -> Tensor:
+        clean, target = x - self.sigmas[i] * velocity, self.sigmas[i + 1]
+        return clean if target == 0 else (1 - target) * clean + target * self.noise(i)
+
+
 # What a user can choose.
-SOLVERS = {"euler": Euler, "unipc": UniPC, "dpm++": DPMSolver}
+SOLVERS = {"euler": Euler, "unipc": UniPC, "dpm++": DPMSolver, "lcm": LCM}
