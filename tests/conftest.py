@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the processors
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What the processor is fast in must not change what the tests see; those of the choice itself remove this.
 os.environ.setdefault("WANFLOW_COMPUTE_DTYPE", "float32")
 
