@@ -5,13 +5,15 @@ The root must not be on `sys.path`: its `nodes` would hide ComfyUI's module of t
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the processors
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the processors
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which they ignore, and so would the programs they start
 # What the processor is fast in must not change what the tests see; those of the choice itself remove this.
 os.environ.setdefault("WANFLOW_COMPUTE_DTYPE", "float32")
 
