@@ -19,8 +19,8 @@ from ..model import WanModel, WanTextEncoder, WanVAE
 from ..sampling.loop import Settings, sample
 from ..size import latent_shape
 from . import measure, world
+from .tasks import FACTS
 
-FACTS = ("color", "shape", "direction", "background")
 SETTINGS = Settings(seed=0, steps=20, cfg=6.0, shift=3.0)
 
 

@@ -106,4 +106,9 @@ def read(frames: np.ndarray) -> Reading:
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two arrays in 0..1."""
-    return float(-10 * np.log10(np.mean(np.square(a - b)) + 1e-12))
+    return decibel(np.mean(np.square(a - b)))
+
+
+def decibel(squared_error: float) -> float:
+    """The signal-to-noise ratio in dB that a mean squared error of values in 0..1 is."""
+    return float(-10 * np.log10(squared_error + 1e-12))
