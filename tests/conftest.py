@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which they ignore, and so would the programs they start
 # What the processor is fast in must not change what the tests see; those of the choice itself remove this.
-os.environ.setdefault("WANFLOW_COMPUTE_DTYPE", "float32")
+os.environ["WANFLOW_COMPUTE_DTYPE"] = "float32"
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "comfyui_wanflow"

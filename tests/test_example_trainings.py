@@ -40,7 +40,6 @@ def workplace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
     for name in ("models_dir", "output_directory", "quiet"):
         monkeypatch.setattr(host, name, getattr(host, name))  # to be put back
 

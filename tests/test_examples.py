@@ -29,7 +29,6 @@ def models(tmp_path_factory):
 def run(models, tmp_path, monkeypatch, capsys):
     """`run(workflow, *more arguments)` -> the exit status, the file that was saved, and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
     monkeypatch.setenv("WANFLOW_OFFLINE", "1")
     for name in ("models_dir", "output_directory", "input_directory", "quiet"):
         monkeypatch.setattr(host, name, getattr(host, name))  # to be put back

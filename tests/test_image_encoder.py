@@ -17,11 +17,6 @@ TINY = {"hidden_size": 160, "intermediate_size": 96, "num_hidden_layers": 3, "nu
         "image_size": 56, "patch_size": 14, "hidden_act": "gelu"}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
-
-
 def relative_error(got, expected):
     return ((got - expected).norm() / expected.norm()).item()
 

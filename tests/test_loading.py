@@ -33,11 +33,6 @@ def random_weights(module):
     return {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in module.state_dict().items()}
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
-
-
 @pytest.fixture(scope="module")
 def weights():
     return {"dit": random_weights(DiT(DIT)), "text_encoder": random_weights(UMT5Encoder(UMT5)),

@@ -46,11 +46,6 @@ def transformer(**options):
 IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128}
 
 
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
-
-
 @pytest.fixture(scope="module")
 def their_vae():
     return seeded(AutoencoderKLWan(base_dim=8, z_dim=16), seed=1)

@@ -16,11 +16,6 @@ LAYOUT = DiTLayout(dim=128, ffn_dim=64, layers=1, heads=1)
 SHORT = (train_vae.Stage(steps=4, batch=1, frames=5, size=16, rate=1e-3),)
 
 
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Untrained weights where train_dit looks for them."""

@@ -158,7 +158,6 @@ def data(tmp_path_factory):
 def command(files, data, tmp_path, monkeypatch):
     """`command(model, …)`: the arguments of a short training."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
     for name in ("models_dir", "output_directory", "quiet"):
         monkeypatch.setattr(host, name, getattr(host, name))  # to be put back
 

@@ -65,7 +65,6 @@ def cache(tmp_path_factory):
 def folders(clips, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_node, "CACHE", cache)
     monkeypatch.setattr(train_node, "CACHE", cache)
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
     monkeypatch.setattr(host, "input_directory", clips)
     monkeypatch.setattr(host, "output_directory", tmp_path)
     monkeypatch.setattr(host, "interrupted", False)

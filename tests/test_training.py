@@ -40,11 +40,6 @@ TEXT, IMAGE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
-
-
 def save_random(module, path):
     generator = torch.Generator().manual_seed(0)
     path.parent.mkdir(parents=True, exist_ok=True)

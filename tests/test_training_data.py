@@ -23,11 +23,6 @@ from toy_data import SCENES, SIZE, render, write_data, write_encoders
 FRAMING = Framing(num_frames=5, height=SIZE, width=SIZE)
 
 
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("WANFLOW_COMPUTE_DTYPE", "float32")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
