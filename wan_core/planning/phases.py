@@ -17,6 +17,7 @@ from ..models.tokenizer import MAX_TOKENS
 from ..offload.residency import Residency
 from ..sampling.contexts import contexts_room
 from ..sampling.loop import Settings, in_front, working_room
+from ..sampling.windows import spans_of
 from ..size import PIXELS_PER_LATENT, pixel_size
 from .machines import Machine
 from .work import TINY_DECODE, TINY_ENCODE, VAE_DECODE, VAE_ENCODE, coding_work, image_work, text_work, trunk_work
@@ -127,7 +128,7 @@ def sampling_phase(
     layout, vace = model.layout, model.module.vace
     rows, _, frames, height, width = latent
     front, branches = in_front(conditions), 1 if settings.cfg == 1 else 2
-    spans = model.windows.spans(frames) if model.windows else [(0, frames)]
+    spans = spans_of(model.windows, frames)
     grids = [(stop - start + front) * height * width // (PATCH[1] * PATCH[2]) for start, stop in spans]
     images = layout.image_positions or IMAGE_TOKENS * layout.image_tokens
     work = sum(trunk_work(layout, grid, images, vace and vace.layout) for grid in grids)

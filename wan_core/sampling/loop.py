@@ -23,7 +23,7 @@ from .contexts import Contexts
 from .easycache import KEPT_LATENTS, EasyCache, Skipping
 from .schedules import SOLVERS, noise_levels
 from .teacache import Residuals, TeaCache
-from .windows import Sliding
+from .windows import Sliding, spans_of
 
 HIGHEST_SEED = 2**64 - 1
 SMALLER = "Take a smaller or shorter video, put Wan Sliding Window in front of the sampler, or switch cfg_merge off."
@@ -219,7 +219,7 @@ def working_room(
     """Bytes that a run on latents (b, 16, T, h, w) needs beside the weights."""
     texts, front = 1 if settings.cfg == 1 else 2, in_front(conditions)
     rows, channels, frames, *size = shape
-    spans = model.windows.spans(frames) if model.windows else [(0, frames)]
+    spans = spans_of(model.windows, frames)
     longest = rows, channels, front + max(stop - start for start, stop in spans), *size
     whole = rows, channels, front + frames, *size
     branches, vace = texts if settings.cfg_merge else 1, model.module.vace is not None

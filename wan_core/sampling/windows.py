@@ -50,12 +50,17 @@ class Windows:
         return torch.minimum(inside if start == 0 else rise, inside if stop == frames else rise.flip(0))
 
 
+def spans_of(windows: Windows | None, frames: int) -> list[tuple[int, int]]:
+    """(start, stop) of what the model sees at a time of so many latent frames: all of them without windows."""
+    return windows.spans(frames) if windows else [(0, frames)]
+
+
 class Sliding:
     """The windows of one run. injection: filled, for all `frames` latent frames of the canvas."""
 
     def __init__(self, windows: Windows | None, injection: Injection, frames: int):
         self.prefix, self.windows, self.frames = injection.prefix, windows, frames
-        self.spans = windows.spans(frames) if windows else [(0, frames)]
+        self.spans = spans_of(windows, frames)
         whole = len(self.spans) == 1
         self.injections = [injection] if whole else [injection.frames(*span) for span in self.spans]
 
