@@ -80,7 +80,8 @@ class Training:
             raise InputError(
                 f"{settings.optimizer} looks at whole matrices, but each process holds a part of them. Choose adamw."
             )
-        self.steps_an_epoch = len(epoch_steps(examples.groups, settings, 0, self.team.count))
+        self.groups = examples.groups  # read from the files of all clips
+        self.steps_an_epoch = len(epoch_steps(self.groups, settings, 0, self.team.count))
         self.total = min(self.steps_an_epoch * settings.num_epochs, settings.max_train_steps or 2**63)
         self.objective = Objective(network, trainee.model, settings)
         self.parameters = self.team.prepare(self.objective, trainee)
@@ -97,8 +98,8 @@ class Training:
     def run(self, on_step: OnStep | None, held_out: Sequence[Example], on_sample: OnSample | None) -> None:
         if on_sample is not None and not self.team.holds_all:
             raise InputError("No samples can be made while each process holds a part of the model. Leave them out.")
-        groups, begun = self.examples.groups, time.perf_counter()
-        for number, batches in steps_from(self.progress.step, self.total, groups, self.settings, self.team.count):
+        begun = time.perf_counter()
+        for number, batches in steps_from(self.progress.step, self.total, self.groups, self.settings, self.team.count):
             facts = self.step(number, batches)
             now = time.perf_counter()
             if self.log:
