@@ -250,8 +250,8 @@ def known_names() -> dict[str, set[str]]:
     """The names of every model that WanFlow knows."""
     rows = {"T2V": "Wan2.1-T2V-1.3B", "I2V": "Wan2.1-I2V-14B-480P", "VACE": "Wan2.1-VACE-1.3B"}
     models = {f"a diffusion model ({what})": names_of(row, "dit") for what, row in rows.items()}
-    encoders = {KINDS[kind].noun: names_of("Wan2.1-I2V-14B-480P", kind) for kind in ("text_encoder", "vae")}
-    return models | encoders | {KINDS["image_encoder"].noun: names_of("Wan2.1-I2V-14B-480P", "image_encoder")}
+    encoders = ("text_encoder", "vae", "image_encoder")
+    return models | {KINDS[kind].noun: names_of(rows["I2V"], kind) for kind in encoders}
 
 
 def names_of(row: str, kind: str) -> set[str]:
