@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_wanflow.nodes import speed_up
 from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.headless.rehearsal import Rehearsal
 from comfyui_wanflow.nodes.headless.workflows import read_workflow
@@ -248,6 +249,15 @@ def test_frames_that_are_saved_while_they_are_decoded_do_not_wait():
 def test_optional_inputs_of_the_sampler_are_no_hindrance():
     workflow = read_workflow("quickstart")
     workflow["7"]["inputs"] |= {"denoise_as": "ComfyUI", "rounding": "none", "cfg_end": 0.5}
+    assert Rehearsal(Machine("processor", None, 8 * GIB, 1e11)).run(workflow)
+
+
+@pytest.mark.parametrize("node", speed_up.NODES)
+def test_every_way_to_run_a_model_faster_can_be_planned(node):
+    schema, workflow = node.GET_SCHEMA(), read_workflow("quickstart")
+    inputs = {socket.id: socket.arguments["default"] for socket in schema.inputs if socket.id != "model"}
+    workflow["speed"] = {"class_type": schema.node_id, "inputs": {"model": ["1", 0], **inputs}}
+    workflow["7"]["inputs"]["model"] = ["speed", 0]
     assert Rehearsal(Machine("processor", None, 8 * GIB, 1e11)).run(workflow)
 
 
