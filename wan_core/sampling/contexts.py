@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from ..adapters.injection import IMAGE_TOKENS
 from ..compute import device_memory
 from ..model import WanModel
 from ..models.dit import TEXT_ROWS
-
-IMAGE_ROWS = 257  # of what the image encoder says of one picture
 
 
 class Contexts:
@@ -41,5 +40,5 @@ def contexts_room(model: WanModel, texts: Sequence[Tensor]) -> int:
     lengths = [text.shape[1] + 1 if model.device.type == "cpu" else max(TEXT_ROWS, text.shape[1]) for text in texts]
     rows = sum(text.shape[0] * length for text, length in zip(texts, lengths, strict=True)) * blocks
     if layout.image_tokens:
-        rows += sum(text.shape[0] for text in texts) * max(IMAGE_ROWS, layout.image_positions) * layout.layers
+        rows += sum(text.shape[0] for text in texts) * max(IMAGE_TOKENS, layout.image_positions) * layout.layers
     return 2 * rows * layout.dim * model.compute_dtype.itemsize
