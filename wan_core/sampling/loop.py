@@ -187,15 +187,18 @@ def sample(
 
             return sliding(look, x)
 
+        def same(x: Tensor) -> Tensor:
+            return x if team is None else team.same(x)
+
         def report(i: int, clean: Tensor) -> None:
             if on_step is not None:
                 on_step(i, settings.steps, clean[:, :, injection.prefix :])
 
         x = beginning(latent.to(device, torch.float32), injection.prefix_frames, settings)
-        x = x if team is None else team.same(x)
+        x = same(x)
+
         def noise(i: int) -> Tensor:
-            fresh = draw_noise(latent.shape, injection.prefix, settings, i + 1).to(x)
-            return fresh if team is None else team.same(fresh)
+            return same(draw_noise(latent.shape, injection.prefix, settings, i + 1).to(x))
 
         velocity = guided(predict, texts, settings, share)
 
@@ -205,8 +208,7 @@ def sample(
 
         skipping = residuals
         if isinstance(model.cache, EasyCache):
-            agreed = {} if team is None else {"agreed": team.same}
-            repeated = skipping = Skipping(model.cache, repeated, settings.alike(), **agreed)
+            repeated = skipping = Skipping(model.cache, repeated, settings.alike(), same)
         x = denoise(x, repeated, settings, report, noise)
         if skipping is not None and say is not None:
             say(model.cache.report(skipping.skipped))
