@@ -4,15 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.lora_files import load_lora
 from comfyui_wanflow.wan_core.lora import fit
 from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
-from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
-from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from comfyui_wanflow.wan_core.sampling.loop import Settings as SamplingSettings
 from comfyui_wanflow.wan_core.sampling.loop import sample
 from comfyui_wanflow.wan_core.tiny import world
@@ -29,41 +26,19 @@ from comfyui_wanflow.wan_core.video import save_video
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from toy_data import SIZE, render, save_random, write_encoders
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "scheduler.safetensors"
-SIZE = 32
 FRAMING = Framing(num_frames=5, height=SIZE, width=SIZE)
 SCENES = [world.Scene("red", "circle", "left", "blue"), world.Scene("green", "square", "up", "white")]
-TEXT, IMAGE = (
-    DiTLayout(dim=128, ffn_dim=64, layers=2, heads=1, text_dim=16, **more)
-    for more in ({}, {"in_dim": 36, "image_tokens": True})
-)
-
-
-def save_random(module, path):
-    generator = torch.Generator().manual_seed(0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in module.state_dict().items()}, path)
-    return path
+LAYOUT = DiTLayout(dim=128, ffn_dim=64, layers=2, heads=1, text_dim=8)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Small random models: dit, image, vae, text."""
+    """Small random models: a dit, and encoders that fit."""
     folder = tmp_path_factory.mktemp("models")
-    words = ["<pad>", "</s>", "<unk>", "a", "red", "circle", "green", "square", "moves"]
-    umt5 = UMT5Layout(vocabulary=len(words), dim=16, attention_dim=8, ffn_dim=16, heads=2, layers=1)
-    vocabulary = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(vocabulary)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    (folder / "google" / "umt5-xxl").mkdir(parents=True)
-    tokenizer.save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
-    return {
-        "dit": save_random(DiT(TEXT), folder / "dit.safetensors"),
-        "image": save_random(DiT(IMAGE), folder / "image.safetensors"),
-        "vae": save_random(VideoVAE(4), folder / "vae.safetensors"),
-        "text": save_random(UMT5Encoder(umt5), folder / "text.safetensors"),
-    }
+    return write_encoders(folder) | {"dit": save_random(DiT(LAYOUT), folder / "dit.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +46,7 @@ def data(tmp_path_factory):
     """A folder of two clips of the toy world and a picture, with captions beside them."""
     folder = tmp_path_factory.mktemp("data")
     for number, scene in enumerate(SCENES):
-        save_video(torch.from_numpy(world.render(scene, 9, SIZE, SIZE)), folder / f"clip{number}.mp4", quality=10)
+        save_video(render(scene), folder / f"clip{number}.mp4", quality=10)
         (folder / f"clip{number}.txt").write_text(scene.caption)
     Image.new("RGB", (48, 40), "red").save(folder / "picture.png")
     (folder / "picture.txt").write_text("a red")
