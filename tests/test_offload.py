@@ -75,8 +75,12 @@ class TestPolicy:
             gaps = [b - a for a, b in itertools.pairwise([*stay, stay[0] + blocks])]
             assert max(gaps) <= 4 * blocks / count
 
-    def test_what_travels_in_a_pass(self):
-        assert plan(SIZES, 500, BLOCKS).streamed_bytes == 700
+    def test_transfer_against_compute(self):
+        decided = plan(SIZES, 500, BLOCKS)
+        assert decided.streamed_bytes == 700
+        assert decided.transfer_seconds(bytes_per_second=350) == 2
+        assert decided.exposed_seconds(compute_seconds=0.5, bytes_per_second=350) == 1.5
+        assert decided.exposed_seconds(compute_seconds=9, bytes_per_second=350) == 0
 
 
 LAYOUT = DiTLayout(dim=128, ffn_dim=96, layers=5, heads=1, text_dim=8)

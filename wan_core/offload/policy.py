@@ -26,6 +26,16 @@ class Plan:
         """Predicted bytes on the device in a phase that needs `room` for its own tensors."""
         return self.resident_bytes + self.passing_bytes + room
 
+    def exposed_seconds(self, compute_seconds: float, bytes_per_second: float) -> float:
+        """By how much a pass of `compute_seconds` grows: the transfer that no computing hides.
+
+        The streamed blocks are spread evenly, so that all of the computing is there to hide behind.
+        """
+        return max(0.0, self.transfer_seconds(bytes_per_second) - compute_seconds)
+
+    def transfer_seconds(self, bytes_per_second: float) -> float:
+        return self.streamed_bytes / bytes_per_second
+
 
 def plan(sizes: Sequence[int], budget: int | None, blocks: Sequence[int]) -> Plan:
     """What stays where a network may take `budget` bytes for its weights, those in passing included (None: any).
