@@ -89,7 +89,7 @@ class CheckpointGrid(io.ComfyNode):
             videos.append([])
             for seed in columns:
                 settings = Settings(seed, steps, cfg, shift=shift, scheduler=scheduler)
-                with host.attached(changed, working_room(changed, samples.shape, settings)):
+                with host.attached(changed, working_room(changed, samples.shape, settings, conditions)):
                     made = sample(changed, text, negative_text, samples, settings, conditions, on_step, host.say)
                 videos[-1].append(decode_with(vae)(made))
         sheet = video_sheet(videos, [name for name, _ in rows], [f"seed {seed}" for seed in columns], cell_height)

@@ -66,7 +66,8 @@ class Watch:
         """Make a video, save it and show it, where it is time to."""
         if step % self.every and step != self.total:
             return
-        with host.attached(model, working_room(model, self.made.shape, self.made.settings)):
+        room = working_room(model, self.made.shape, self.made.settings, self.made.conditions)
+        with host.attached(model, room):
             latents = self.made.latents(model, lambda *_: host.check_interrupted())
         frames = decode_with(self.vae)(latents)
         file = self.folder / "samples" / f"step-{step:06}.mp4"

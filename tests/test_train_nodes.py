@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_wanflow.nodes import dataset as dataset_node
+from comfyui_wanflow.nodes import grid as grid_node
 from comfyui_wanflow.nodes import train as train_node
 from comfyui_wanflow.nodes.dataset import Dataset
 from comfyui_wanflow.nodes.grid import CheckpointGrid
@@ -18,6 +19,7 @@ from comfyui_wanflow.nodes.host.schema import HiddenHolder
 from comfyui_wanflow.nodes.host.standalone import Interrupted
 from comfyui_wanflow.nodes.lora import SaveLora
 from comfyui_wanflow.nodes.train import Train
+from comfyui_wanflow.nodes.watch import Watch
 from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.lora_files import KEY_FORMATS, load_lora
@@ -168,6 +170,17 @@ class TestTraining:
         for shown in output.ui["wanflow_training"][0]["samples"]:
             assert (tmp_path / shown["subfolder"] / shown["filename"]).is_file()
 
+    def test_what_a_sample_is_made_from_takes_room(self, engines, tmp_path, monkeypatch):
+        watch, asked = Watch(None, tmp_path), []
+        monkeypatch.setattr(host, "make_room", lambda engine, room: asked.append(room))
+        monkeypatch.setattr(samples.Sample, "latents", lambda self, *_: torch.zeros(self.shape))
+        for conditions in ((), (types.SimpleNamespace(in_front=30, embedded=0),)):
+            made = samples.Sample(torch.zeros(0), torch.zeros(0), conditions, (1, 16, 1, 8, 8), Settings(0))
+            watch.show_samples(made, engines["vae"], every=1)
+            watch.sample(engines["model"], 1)
+        alone, _, beside, _ = asked  # the model's and the VAE's, twice
+        assert beside > alone
+
     def test_samples_of_an_image_model_begin_with_the_clip_s_own_picture(self, engines, tmp_path, monkeypatch):
         layout = dataclasses.replace(LAYOUT, in_dim=36, image_tokens=True)
         model = load_model(save_random(DiT(layout), tmp_path / "image.safetensors"), device="cpu")
@@ -289,6 +302,16 @@ class TestGrid:
         assert small.shape[0] == 5 and small.shape == strong.shape  # 1 + 2 + 1 rows, 2 * 2 rows
         row, one, other = small[:, 28 : 28 + SIZE], slice(160, 160 + SIZE), slice(164 + SIZE, 164 + 2 * SIZE)
         assert (row[:, :, one] - row[:, :, other]).any()
+
+    def test_conditions_take_room(self, engines, monkeypatch):
+        folder, asked = train(engines).args[3], []
+        monkeypatch.setattr(host, "make_room", lambda engine, room: asked.append(room))
+        monkeypatch.setattr(grid_node, "sample", lambda model, positive, negative, samples, *_: samples)
+        for conditions in ((), (types.SimpleNamespace(in_front=30, embedded=0),)):
+            self.grid(engines, loras=folder, conditions=conditions)
+        alone, beside = asked[: len(asked) // 2], asked[len(asked) // 2 :]
+        assert beside[0] > alone[0]  # the model's
+        assert beside[1] == alone[1]  # the VAE's
 
     @pytest.mark.parametrize("inputs, sentence", [
         ({"loras": ""}, "loras is empty"),
