@@ -40,8 +40,9 @@ class Runner:
 
     def __init__(self, classes: Iterable[type[ComfyNode]], host: StandaloneHost):
         self.host = host
-        self.classes = {node.GET_SCHEMA().node_id: node for node in classes}
-        self.schemas = {name: node.GET_SCHEMA() for name, node in self.classes.items()}  # each call lists folders
+        known = [(node.GET_SCHEMA(), node) for node in classes]  # each call lists folders
+        self.schemas = {schema.node_id: schema for schema, _ in known}
+        self.classes = {schema.node_id: node for schema, node in known}
         self.cache: dict[str, tuple] = {}  # key -> outputs, of the last run's nodes
 
     def infos(self) -> dict[str, dict]:
