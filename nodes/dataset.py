@@ -21,7 +21,7 @@ from ..wan_core.training.inputs import INPUTS, columns
 from ..wan_core.training.survey import survey
 from ..wan_core.video import parse_size
 from .host import host, io
-from .wires import WanDataset
+from .wires import WanDataset, names
 
 CACHE = "training/cache"  # below the output folder: trainings share what was found out and encoded
 BESIDE = columns(INPUTS)  # that a table may have, by whether they name files
@@ -152,7 +152,7 @@ class Dataset(io.ComfyNode):
         cls, folder, metadata, data_file_keys, size, num_frames, frame_rate, repeat, caption_prefix, caption_dropout,
         flip, sampling, samples, buckets,
     ):  # fmt: skip
-        base, keys = host.input_folder(folder), [key.strip() for key in data_file_keys.split(",") if key.strip()]
+        base, keys = host.input_folder(folder), names(data_file_keys)
         table = next((path for path in (base / metadata, Path(metadata)) if path.is_file()), base / metadata)
         items, problems = list_items(base, table if metadata.strip() else None, keys, BESIDE, caption_prefix)
         width, height = parse_size(size) or (None, None)

@@ -24,7 +24,7 @@ from ..wan_core.training.trainee import KINDS, LORA_TARGETS, Trainee, mixed
 from .dataset import CACHE, TrainingData
 from .host import host, io
 from .watch import Finished, Watch
-from .wires import WanDataset, WanImageEncoder, WanLora, WanModel, WanTextEncoder, WanVAE
+from .wires import WanDataset, WanImageEncoder, WanLora, WanModel, WanTextEncoder, WanVAE, names
 
 MEMORY = {  # choice -> Settings
     "fastest": {"gradient_checkpointing": False},
@@ -240,10 +240,6 @@ class Train(io.ComfyNode):
         except Finished:
             host.say("The training was finished early, as asked. Queued with more epochs or steps, it goes on.")
         return finished(trainee, model, mode, place, watch)
-
-
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def prepared(dataset: TrainingData, encoders: Encoders, extra_inputs: list[str], watch: Watch) -> Examples:

@@ -121,3 +121,8 @@ def number_pair(text: str, name: str) -> tuple[int, int]:
     if not match:
         raise InputError(f'{name} is "{text}", but it must be height x width, such as 30x52.')
     return int(match[1]), int(match[2])
+
+
+def names(text: str) -> list[str]:
+    """Of a text with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
