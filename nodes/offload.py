@@ -59,7 +59,7 @@ class OffloadOptions(io.ComfyNode):
                     tooltip="How many parameters stay on the card, in place of the limit. -1: by the limit.",
                 ),
             ],
-            outputs=[WanOffload.Output(display_name="offload", tooltip="For Load Wan Model or Load Wan Text Encoder.")],
+            outputs=[WanOffload.Output(display_name="offload", tooltip="For Load Wan Model and the other loaders.")],
         )
 
     @classmethod

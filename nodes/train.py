@@ -115,7 +115,7 @@ def how_long() -> list:
             "sample_every",
             default=0,
             **many,
-            tooltip="Make a video every so many steps and after each epoch, to see how far it is. 0: none.",
+            tooltip="Make a video every so many steps and at the end, to see how far it is. 0: none.",
         ),
         io.String.Input(
             "sample_prompt",

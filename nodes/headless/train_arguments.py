@@ -145,7 +145,7 @@ TRAINING = (
     Argument("output_path", Path, Path("models"), "where results go"),
     Argument("save_steps", int, None, "save every so many steps too, not only after each epoch"),
     Argument("validation_steps", int, None, "measure the loss on held-out clips every so many steps too"),
-    Argument("sample_steps", int, None, "make the validation video every so many steps, and after each epoch"),
+    Argument("sample_steps", int, None, "make the validation video every so many steps, and at the end"),
     Argument("tensorboard", bool, False, "write a log for TensorBoard too, beside losses.csv"),
     Argument("find_unused_parameters", bool, False, "for scripts that name it: WanFlow never needs it"),
 )  # fmt: skip
