@@ -7,18 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_wanflow.wan_core.errors import FileError, InputError
-from comfyui_wanflow.wan_core.loading.load import load_image_encoder, load_text_encoder, load_vae
+from comfyui_wanflow.wan_core.loading.load import load_vae
 from comfyui_wanflow.wan_core.training.ahead import ahead
 from comfyui_wanflow.wan_core.training.cache import Cache
 from comfyui_wanflow.wan_core.training.clips import Library, read_clip
 from comfyui_wanflow.wan_core.training.dataset import Item, list_items
-from comfyui_wanflow.wan_core.training.examples import Encoders, prepare
+from comfyui_wanflow.wan_core.training.examples import prepare
 from comfyui_wanflow.wan_core.training.framing import Cut, Framing, bucket
 from comfyui_wanflow.wan_core.training.inputs import INPUTS, columns, read_footage
 from comfyui_wanflow.wan_core.training.survey import survey
 from comfyui_wanflow.wan_core.video import save_video
 from PIL import Image
-from toy_data import SCENES, SIZE, render, write_data, write_encoders
+from toy_data import SCENES, SIZE, load_encoders, render, write_data, write_encoders
 
 FRAMING = Framing(num_frames=5, height=SIZE, width=SIZE)
 
@@ -37,11 +37,7 @@ def encoder_files(tmp_path_factory):
 
 @pytest.fixture
 def encoders(encoder_files):
-    return Encoders(
-        load_vae(encoder_files["vae"], device="cpu"),
-        load_text_encoder(encoder_files["text"], device="cpu"),
-        load_image_encoder(encoder_files["image"], device="cpu"),
-    )
+    return load_encoders(encoder_files)
 
 
 @pytest.fixture

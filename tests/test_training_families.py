@@ -11,26 +11,20 @@ from comfyui_wanflow.nodes import node_classes
 from comfyui_wanflow.wan_core.adapters.injection import Canvas, inject
 from comfyui_wanflow.wan_core.adapters.vace import VACEResiduals
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
-from comfyui_wanflow.wan_core.loading.load import (
-    add_module,
-    load_image_encoder,
-    load_model,
-    load_text_encoder,
-    load_vae,
-)
+from comfyui_wanflow.wan_core.loading.load import add_module, load_model
 from comfyui_wanflow.wan_core.sampling.loop import Settings as SamplingSettings
 from comfyui_wanflow.wan_core.sampling.loop import sample
 from comfyui_wanflow.wan_core.training.cache import Cache
 from comfyui_wanflow.wan_core.training.clips import read_clip, read_picture
 from comfyui_wanflow.wan_core.training.dataset import list_items
-from comfyui_wanflow.wan_core.training.examples import Encoders, batch, prepare
+from comfyui_wanflow.wan_core.training.examples import batch, prepare
 from comfyui_wanflow.wan_core.training.framing import Framing
 from comfyui_wanflow.wan_core.training.inputs import columns
 from comfyui_wanflow.wan_core.training.loop import Settings, train
 from comfyui_wanflow.wan_core.training.objective import Objective
 from comfyui_wanflow.wan_core.training.trainee import mixed, new_lora
 from safetensors.torch import load_file
-from toy_data import SIZE, write_data, write_encoders
+from toy_data import SIZE, load_encoders, write_data, write_encoders
 
 NODES = {node.GET_SCHEMA().node_id.removeprefix("WanFlow"): node for node in node_classes()}
 GOLDEN = Path(__file__).parent / "data" / "golden" / "scheduler.safetensors"
@@ -63,9 +57,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    files = write_encoders(tmp_path_factory.mktemp("models"))
-    loaders = (("vae", load_vae), ("text", load_text_encoder), ("image", load_image_encoder))
-    return Encoders(*(load(files[name], device="cpu") for name, load in loaders))
+    return load_encoders(write_encoders(tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ import json
 
 import tokenizers
 import torch
+from comfyui_wanflow.wan_core.loading.load import load_image_encoder, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from comfyui_wanflow.wan_core.tiny import world
+from comfyui_wanflow.wan_core.training.examples import Encoders
 from comfyui_wanflow.wan_core.video import save_video
 from PIL import Image
 from safetensors.torch import save_file
@@ -63,3 +65,9 @@ def write_encoders(folder):
         "text": save_random(UMT5Encoder(umt5), folder / "text.safetensors"),
         "image": save_random(ImageEncoder(ImageEncoderLayout(mlp_dim=8, layers=1)), folder / "image.safetensors"),
     }
+
+
+def load_encoders(files):
+    """Those of `write_encoders`."""
+    loaders = {"vae": load_vae, "text": load_text_encoder, "image": load_image_encoder}
+    return Encoders(*(load(files[name], device="cpu") for name, load in loaders.items()))
