@@ -69,7 +69,7 @@ def reconstruction_psnr(vae: WanVAE, count: int, frames: int) -> float:
         clip = world.render(world.random_scene(generator, f), frames)
         pixels = torch.from_numpy(clip).movedim(-1, 0)[None] * 2 - 1
         errors.append(np.square(to_frames(vae.decode(vae.encode(pixels)))[0] - clip).mean())
-    return float(-10 * np.log10(np.mean(errors)))
+    return measure.decibel(np.mean(errors))
 
 
 def sheet(videos: np.ndarray, columns: int = 6) -> np.ndarray:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..models.vae import LATENT_MEAN, LATENT_STD, Memory, VideoVAE
 from ..saving import write_whole
-from . import world
+from . import measure, world
 
 WIDTH = 8
 KL_WEIGHT = 1e-4
@@ -156,7 +156,7 @@ def held_out_psnr(vae: VideoVAE, count: int = 16, frames: int = 9) -> float:
         pixels = clip.permute(3, 0, 1, 2)[None] * 2 - 1
         out = vae.decode_whole(vae.encode_whole(pixels)).clamp(-1, 1)
         errors.append(((out - pixels) / 2).square().mean().item())
-    return -10 * math.log10(sum(errors) / len(errors))
+    return measure.decibel(sum(errors) / len(errors))
 
 
 def train(out: Path, seed: int = 0, stages: tuple[Stage, ...] = STAGES, checkpoint_seconds: float = 120) -> nn.Module:
@@ -185,8 +185,8 @@ def train(out: Path, seed: int = 0, stages: tuple[Stage, ...] = STAGES, checkpoi
         optimizer.step()
         average = squared.item() if not average else 0.98 * average + 0.02 * squared.item()
         if number % 50 == 0:
-            decibel = -10 * math.log10(average / 4)
-            print(f"{time.time() - began:6.0f} s  step {number}  psnr {decibel:.2f} dB", flush=True)
+            psnr = measure.decibel(average / 4)
+            print(f"{time.time() - began:6.0f} s  step {number}  psnr {psnr:.2f} dB", flush=True)
         if time.time() - last_saved > checkpoint_seconds:
             last_saved = time.time()
             state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": number + 1}
