@@ -106,9 +106,16 @@ class CausalConv3d(nn.Conv3d):
         elif winograd.pays(x):
             out = winograd.convolve_frames(frames, weight, bias)
         else:
-            out = F.conv3d(stack_frames(frames), weight, bias, padding=self.padding)
+            out = convolve(stack_frames(frames), weight, bias, self.padding)
         memory.keep(self, frames, past)
         return out
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int, int]) -> Tensor:
+    """F.conv3d with oneDNN where it can: torch takes a way ten times slower for one clip with few channels."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1, 1), (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, padding=padding)
 
 
 def convolve_last(frames: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
