@@ -14,9 +14,12 @@ from comfyui_wanflow.wan_core.errors import FileError
 from comfyui_wanflow.wan_core.loading.checkpoint import open_checkpoint
 from comfyui_wanflow.wan_core.loading.keymaps import published_names
 from comfyui_wanflow.wan_core.loading.mapped import DTYPES
+from comfyui_wanflow.wan_core.loading.shards import group
 from safetensors.torch import save_file
 
 WEIGHTS = {"patch.weight": torch.arange(6.0).reshape(2, 3), "patch.bias": torch.ones(2, dtype=torch.bfloat16)}
+OTHER_BIAS = torch.zeros(2, dtype=torch.bfloat16)
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -31,6 +34,10 @@ def assert_holds_weights(checkpoint, weights=WEIGHTS):
     for name, tensor in weights.items():
         assert checkpoint.dtype(name) == tensor.dtype
         torch.testing.assert_close(checkpoint.tensor(name), tensor, rtol=0, atol=0)
+
+
+def write_index(folder, weight_map):
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 class TestSafetensors:
@@ -240,12 +247,11 @@ class TestShards:
         for i, (name, tensor) in enumerate(WEIGHTS.items(), start=1):
             paths.append(tmp_path / f"model-{i:05d}-of-00002.safetensors")
             save_file({name: tensor}, paths[-1])
-        index = {"weight_map": {name: path.name for name, path in zip(WEIGHTS, paths, strict=True)}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        write_index(tmp_path, {name: path.name for name, path in zip(WEIGHTS, paths, strict=True)})
         return paths
 
     def test_a_list_one_part_and_the_index_mean_the_same(self, parts):
-        index = parts[0].parent / "model.safetensors.index.json"
+        index = parts[0].parent / INDEX
         for given in (parts, parts[::-1], parts[1], str(parts[0]), [parts[0]], index):
             assert_holds_weights(open_checkpoint(given))
         assert open_checkpoint(parts).description == f"{parts[0]} and 1 more"
@@ -257,15 +263,61 @@ class TestShards:
     @pytest.mark.parametrize("given", ["part", "index"])
     def test_a_missing_part_is_named(self, parts, given):
         parts[1].unlink()
-        path = parts[0] if given == "part" else parts[0].parent / "model.safetensors.index.json"
-        with pytest.raises(FileError, match="holds 1 of the 2 parts.*missing: model-00002-of-00002.safetensors"):
+        path = parts[0] if given == "part" else parts[0].parent / INDEX
+        whole = "This checkpoint" if given == "part" else str(path)
+        with pytest.raises(FileError, match=f"^{whole} has 2 parts, of which 1 is missing: {parts[1]}. Download"):
             open_checkpoint(path)
 
     @pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"weight_map": 3}'])
     def test_a_broken_index(self, tmp_path, text):
-        (tmp_path / "model.safetensors.index.json").write_text(text)
+        (tmp_path / INDEX).write_text(text)
         with pytest.raises(FileError, match="is not a checkpoint index"):
-            open_checkpoint(tmp_path / "model.safetensors.index.json")
+            open_checkpoint(tmp_path / INDEX)
+
+    @pytest.fixture
+    def task(self, tmp_path):
+        """A folder beside a whole checkpoint, with a bias of its own and an index that takes the rest from there."""
+        folder = tmp_path / "task"
+        folder.mkdir()
+        save_file(WEIGHTS, tmp_path / "model.safetensors")
+        save_file({"patch.bias": OTHER_BIAS}, folder / "model.safetensors")
+        write_index(folder, {"patch.weight": "../model.safetensors", "patch.bias": "model.safetensors"})
+        return folder
+
+    def test_an_index_shares_tensors_with_another_checkpoint(self, task):
+        checkpoint = open_checkpoint(task / INDEX)
+        assert_holds_weights(checkpoint, WEIGHTS | {"patch.bias": OTHER_BIAS})
+        assert checkpoint.files == [task / "model.safetensors", task / "../model.safetensors"]
+
+    def test_tensors_that_no_index_lists_are_not_of_the_checkpoint(self, task):
+        write_index(task, {"patch.weight": "../model.safetensors"})
+        assert_holds_weights(open_checkpoint(task / INDEX), {"patch.weight": WEIGHTS["patch.weight"]})
+
+    def test_a_tensor_that_a_listed_file_lacks(self, task):
+        save_file({"other": torch.zeros(1)}, task / "model.safetensors")
+        with pytest.raises(FileError, match=f"{task / INDEX} says that {task}/model.safetensors holds .* 'patch.bias'"):
+            open_checkpoint(task / INDEX)
+
+    def test_a_listed_file_in_another_folder_that_is_missing(self, task):
+        (task.parent / "model.safetensors").unlink()
+        with pytest.raises(FileError, match=f"{task / INDEX} has 2 parts, of which 1 is missing: {task}/../model.safe"):
+            open_checkpoint(task / INDEX)
+
+    @pytest.mark.parametrize("place", ["/etc/a.safetensors", "C:\\a.safetensors", "\\\\server\\share\\a.safetensors"])
+    def test_an_index_leads_to_no_fixed_place(self, task, place):
+        write_index(task, {"patch.weight": place})
+        with pytest.raises(FileError, match="lists .* which is a place on somebody's machine"):
+            open_checkpoint(task / INDEX)
+
+    def test_in_a_folder_an_index_stands_for_its_files(self, task, parts):
+        assert group(task) == [[task / INDEX]]
+        assert group(parts[0].parent) == [[parts[0].parent / "model.safetensors"], [parts[0].parent / INDEX]]
+
+    def test_in_a_folder_an_index_of_other_files_hides_none(self, parts):
+        folder = parts[0].parent
+        for text in ("nonsense", json.dumps({"weight_map": {"patch.bias": "gone.safetensors"}})):
+            (folder / INDEX).write_text(text)
+            assert group(folder) == [parts, [folder / INDEX]]
 
     def test_two_models_are_not_parts_of_one(self, whole, tmp_path):
         copy = tmp_path / "copy.safetensors"

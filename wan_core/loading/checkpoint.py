@@ -79,16 +79,17 @@ def open_checkpoint(paths: str | PathLike | Iterable[str | PathLike], kind: str 
     Raises FileError in words for what is missing, empty, truncated, damaged, unsafe, or no checkpoint at all.
     """
     given = [paths] if isinstance(paths, (str, PathLike)) else list(paths)
-    files = complete(Path(path) for path in given)
-    if not files:
+    shards = complete(Path(path) for path in given)
+    if not shards:
         raise FileError("No checkpoint file was given. Give a path, or a list of the parts of one checkpoint.")
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
-    for path in files:
-        found, texts = _open_file(path)
+    for shard in shards:
+        found, texts = _open_file(shard.path)
+        found = shard.taken(found)
         repeated = next((name for name in found if name in entries), None)
         if repeated:
-            names = ", ".join(file.name for file in files)
+            names = ", ".join(shard.path.name for shard in shards)
             raise FileError(
                 f"{names} are not parts of one checkpoint: two of them hold the tensor '{repeated}'. "
                 "Load them one at a time."
@@ -97,7 +98,7 @@ def open_checkpoint(paths: str | PathLike | Iterable[str | PathLike], kind: str 
         metadata |= texts
     if prefix := bundled(entries).get(kind):
         entries = {name: entry for name, entry in entries.items() if name.startswith(prefix)}
-    return Checkpoint(entries, metadata, files)
+    return Checkpoint(entries, metadata, [shard.path for shard in shards])
 
 
 def _open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -113,7 +113,7 @@ def _matches(folder: Path, pattern: str) -> list[Path]:
     if not found or any(map(_unfinished, (*found, *folder.glob(pattern + PART)))):
         return []
     try:
-        return complete(found)
+        return [shard.path for shard in complete(found)]
     except FileError:  # somebody's interrupted download left some of the parts
         return []
 
