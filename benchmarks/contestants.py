@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from comfyui_wanflow.wan_core.compute import compute_dtype
 from comfyui_wanflow.wan_core.loading.keymaps import published_names
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
+from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from torch import Tensor, nn
 

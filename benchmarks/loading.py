@@ -22,7 +22,8 @@ import torch
 from comfyui_wanflow.wan_core.loading.keymaps import published_names
 from comfyui_wanflow.wan_core.loading.load import load_model
 from comfyui_wanflow.wan_core.loading.mapped import open_safetensors
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from contestants import randomise
 from diffusers import WanTransformer3DModel
 from measure import memory_mb

@@ -26,8 +26,9 @@ from comfyui_wanflow.wan_core.adapters.vace import VACECondition
 from comfyui_wanflow.wan_core.compute import OVERRIDE
 from comfyui_wanflow.wan_core.loading.load import load_image_encoder, load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.outline import TRUNKS
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from comfyui_wanflow.wan_core.compute import compute_dtype, default_device
 from comfyui_wanflow.wan_core.model import WanModel
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.offload.residency import Residency
 from comfyui_wanflow.wan_core.parallel.team import Team, join

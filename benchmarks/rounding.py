@@ -26,7 +26,9 @@ import torch
 from comfyui_wanflow.wan_core.loading.load import load_model
 from comfyui_wanflow.wan_core.loading.rounding import rounding_errors
 from comfyui_wanflow.wan_core.models import fp8
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
+from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.offload.quantize import STORAGE, narrowed, relative_error
 from measure import HERE, git, processor
 from safetensors.torch import save_file

@@ -15,7 +15,8 @@ import contestants
 import torch
 from comfyui_wanflow.wan_core.loading.lora_names import to_diffusers
 from comfyui_wanflow.wan_core.model import WanModel
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.offload.residency import Residency

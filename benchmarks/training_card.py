@@ -17,7 +17,8 @@ from statistics import median
 import torch
 from comfyui_wanflow.nodes.host.standalone import host
 from comfyui_wanflow.wan_core.loading.load import load_model
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.training.examples import Example
 from comfyui_wanflow.wan_core.training.loop import train
 from comfyui_wanflow.wan_core.training.memory import size, training_memory

@@ -8,8 +8,9 @@ from comfyui_wanflow.wan_core.adapters.reference import ReferenceCondition
 from comfyui_wanflow.wan_core.adapters.speed import SpeedCondition
 from comfyui_wanflow.wan_core.adapters.vace import VACECondition
 from comfyui_wanflow.wan_core.model import WanModel
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.embedders import MotionController
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.offload.residency import Residency

@@ -3,9 +3,10 @@
 import tokenizers
 import torch
 from comfyui_wanflow.wan_core.loading.catalog import CATALOG
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.embedders import MotionController
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE

@@ -9,7 +9,8 @@ from comfyui_wanflow.wan_core.adapters.camera import CameraCondition, latent_fra
 from comfyui_wanflow.wan_core.adapters.image import ImageCondition
 from comfyui_wanflow.wan_core.adapters.injection import Canvas, Injection, Rank, inject, neutral, total
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.trajectory import trajectory
 from safetensors import safe_open

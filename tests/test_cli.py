@@ -247,7 +247,8 @@ import time, fake_nodes, comfyui_wanflow.nodes as pack
 from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.host import host
 from comfyui_wanflow.wan_core.errors import InputError
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from safetensors.torch import save_file
 pack.node_classes = lambda: fake_nodes.NODES
 progress = host.progress

@@ -14,7 +14,8 @@ from comfyui_wanflow.wan_core.loading.load import load_model
 from comfyui_wanflow.wan_core.loading.lora_files import load_lora, save_lora
 from comfyui_wanflow.wan_core.lora import Lora
 from comfyui_wanflow.wan_core.models.changes import LowRank
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.planning.phases import sampling_phase
 from comfyui_wanflow.wan_core.sampling.loop import Settings
 from comfyui_wanflow.wan_core.sampling.windows import Windows

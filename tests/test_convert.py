@@ -25,9 +25,11 @@ from comfyui_wanflow.wan_core.loading.convert import convert
 from comfyui_wanflow.wan_core.loading.keymaps import is_marker
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder
 from comfyui_wanflow.wan_core.loading.outline import open_outline
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.packed import Packed, PackedLinear
+from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE

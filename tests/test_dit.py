@@ -9,10 +9,14 @@ import torch
 from comfyui_wanflow.wan_core.adapters.vace import VACEResiduals
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
 from comfyui_wanflow.wan_core.models import attention as attention_module
+from comfyui_wanflow.wan_core.models import blocks
 from comfyui_wanflow.wan_core.models import dit as dit_module
 from comfyui_wanflow.wan_core.models.attention import attention, check_backend
-from comfyui_wanflow.wan_core.models.dit import CONCAT, DiT, DiTLayout, Run, Slots
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.embedders import MotionController
+from comfyui_wanflow.wan_core.models.layout import CONCAT, DiTLayout
+from comfyui_wanflow.wan_core.models.rope import rope_table
+from comfyui_wanflow.wan_core.models.slots import Run, Slots
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from diffusers import WanTransformer3DModel
 from safetensors import safe_open
@@ -352,9 +356,9 @@ def test_work_in_pieces_gives_the_same(monkeypatch, layout):
     expected = dit(x, timestep, text, slots)
     with torch.inference_mode():
         whole = dit(x, timestep, text, slots)
-        monkeypatch.setattr(dit_module, "ROPE_TOKENS", 5)
+        monkeypatch.setattr(blocks, "ROPE_TOKENS", 5)
         assert torch.equal(dit(x, timestep, text, slots), whole)
-        monkeypatch.setattr(dit_module, "PRODUCT_TOKENS", 7)
+        monkeypatch.setattr(blocks, "PRODUCT_TOKENS", 7)
         pieces = dit(x, timestep, text, slots)
     assert torch.equal(x, originals[0]) and torch.equal(text, originals[1])
     assert relative_error(pieces, whole) < 1e-5
@@ -404,7 +408,7 @@ def test_training_after_inference_on_the_same_grid():
     """The position tables are kept between calls, and ComfyUI's calls run in inference mode."""
     dit = random_dit(TINY)
     x, timestep, text = inputs(TINY)
-    dit_module.rope_table.cache_clear()
+    rope_table.cache_clear()
     with torch.inference_mode():
         dit(x, timestep, text)
     dit(x, timestep, text).sum().backward()

@@ -14,9 +14,11 @@ from comfyui_wanflow.wan_core.lora import Lora
 from comfyui_wanflow.wan_core.models import fp8
 from comfyui_wanflow.wan_core.models.changes import Decomposed, LowRank
 from comfyui_wanflow.wan_core.models.compiled import Compile
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run, call
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.layers import Linear
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.packed import PackedLinear
+from comfyui_wanflow.wan_core.models.slots import Run, call
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from comfyui_wanflow.wan_core.offload.quantize import NARROW, STORAGE, matrices, narrowed, relative_error
 from safetensors.torch import save_file

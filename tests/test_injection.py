@@ -7,7 +7,9 @@ import torch
 from comfyui_wanflow.wan_core.adapters.injection import Canvas, Injection, Rank, neutral, total
 from comfyui_wanflow.wan_core.adapters.vace import VACEResiduals
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
-from comfyui_wanflow.wan_core.models.dit import CONCAT, DiT, DiTLayout, Run
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import CONCAT, DiTLayout
+from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 
 TINY = DiTLayout(dim=256, ffn_dim=64, layers=3, heads=2, text_dim=16, frequency_dim=32)

@@ -12,7 +12,8 @@ from comfyui_wanflow.wan_core.loading.catalog import CATALOG
 from comfyui_wanflow.wan_core.loading.inspect import inspect
 from comfyui_wanflow.wan_core.loading.load import load_vae
 from comfyui_wanflow.wan_core.loading.page import ranges
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from comfyui_wanflow.wan_core.video import save_video
 from PIL import Image

@@ -17,7 +17,8 @@ from comfyui_wanflow.wan_core.errors import FileError
 from comfyui_wanflow.wan_core.loading.checkpoint import Checkpoint, open_checkpoint
 from comfyui_wanflow.wan_core.loading.load import load_image_encoder, load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.mapped import Entry
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.packed import PackedEmbedding, PackedLinear
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel

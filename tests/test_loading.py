@@ -10,13 +10,15 @@ import pytest
 import tokenizers
 import torch
 from comfyui_wanflow.wan_core.errors import FileError, InputError, ModelError
-from comfyui_wanflow.wan_core.loading import catalog, download, sources
+from comfyui_wanflow.wan_core.loading import catalog, download
 from comfyui_wanflow.wan_core.loading.catalog import Source
 from comfyui_wanflow.wan_core.loading.download import Library
 from comfyui_wanflow.wan_core.loading.identify import KINDS, identify
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.model import WanModel, WanTextEncoder, WanVAE
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
+from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from safetensors.torch import save_file
@@ -399,13 +401,16 @@ class TestSources:
             load_vae("  \n")
 
     def test_a_bundled_model_by_its_name(self, files, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "BUNDLED", tmp_path)
+        monkeypatch.setattr(download, "BUNDLED", tmp_path)
         for kind, path in files.items():
             path.rename(tmp_path / catalog.TINY[kind].pattern)
         assert load_model("WanTiny-T2V").preset == catalog.TOY
         assert load_model("WanTiny-T2V").name == "WanTiny-T2V"
         assert load_vae("WanTiny-T2V").name == "WanTiny-T2V"
         assert load_text_encoder("WanTiny-T2V").encode(["red"])[1] == (2,)
+        (tmp_path / catalog.TINY["vae"].pattern).unlink()
+        with pytest.raises(FileError, match="lacks the bundled Wan2.1_VAE.safetensors. Install it again"):
+            load_vae("WanTiny-T2V")
 
     def test_an_encoder_without_a_tokenizer(self, files, tmp_path, monkeypatch):
         monkeypatch.setenv("WANFLOW_OFFLINE", "1")

@@ -15,9 +15,11 @@ from comfyui_wanflow.wan_core.loading.load import load_model
 from comfyui_wanflow.wan_core.loading.lora_files import KEY_FORMATS, load_lora, save_lora
 from comfyui_wanflow.wan_core.loading.lora_names import find
 from comfyui_wanflow.wan_core.lora import fit, parameters, report
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run, Slots
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.embedders import MotionController
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
+from comfyui_wanflow.wan_core.models.slots import Run, Slots
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.sampling.loop import Settings, sample
 from safetensors import safe_open

@@ -19,10 +19,12 @@ from comfyui_wanflow.wan_core.lora import Lora
 from comfyui_wanflow.wan_core.model import WanModel
 from comfyui_wanflow.wan_core.models.changes import Decomposed, LowRank
 from comfyui_wanflow.wan_core.models.compiled import Compile
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run, Slots, call
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.packed import Packed, keep_packed
+from comfyui_wanflow.wan_core.models.slots import Run, Slots, call
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_wanflow.wan_core.model import WanModel
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
+from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from comfyui_wanflow.wan_core.offload.residency import Residency
 from comfyui_wanflow.wan_core.room import decoding_room, sampling_room

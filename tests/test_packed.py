@@ -17,11 +17,13 @@ from comfyui_wanflow.wan_core.loading.load import (
     load_vae,
 )
 from comfyui_wanflow.wan_core.models import ggml, packed
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
 from comfyui_wanflow.wan_core.models.layers import Embedding, Linear
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.packed import Packed, PackedEmbedding, PackedLinear, keep_packed
 from comfyui_wanflow.wan_core.models.packings import E2M1, unpack_scaled
+from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE

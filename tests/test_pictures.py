@@ -14,7 +14,8 @@ from comfyui_wanflow.wan_core.adapters.image import ImageCondition, image_condit
 from comfyui_wanflow.wan_core.adapters.injection import Canvas, inject, neutral
 from comfyui_wanflow.wan_core.adapters.reference import ReferenceCondition, reference_condition
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD
 from safetensors import safe_open

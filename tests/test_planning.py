@@ -17,7 +17,8 @@ from comfyui_wanflow.wan_core.errors import InputError
 from comfyui_wanflow.wan_core.loading.catalog import CATALOG
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.outline import open_outline, published_layout
-from comfyui_wanflow.wan_core.models.dit import DiT, Run, Slots
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.slots import Run, Slots
 from comfyui_wanflow.wan_core.offload.options import Offload
 from comfyui_wanflow.wan_core.offload.policy import plan, plan_all
 from comfyui_wanflow.wan_core.planning import cards

@@ -12,8 +12,9 @@ from comfyui_wanflow.wan_core.lora import Lora
 from comfyui_wanflow.wan_core.model import WanImageEncoder, WanModel, WanTextEncoder, WanVAE
 from comfyui_wanflow.wan_core.models.changes import Decomposed, LowRank
 from comfyui_wanflow.wan_core.models.compiled import Compile
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.tiling import ladder

@@ -6,6 +6,8 @@ import comfyui_wanflow.wan_core.models.dit as dit
 import pytest
 import torch
 from comfyui_wanflow.wan_core.adapters.vace import VACEResiduals
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
+from comfyui_wanflow.wan_core.models.slots import Run, Slots
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from comfyui_wanflow.wan_core.room import decoding_room, encoding_room, sampling_room, widened_room
@@ -62,7 +64,7 @@ def assert_close(estimate, counted, tolerance):
 @pytest.mark.parametrize("latent", [(1, 16, 21, 60, 104), (2, 16, 21, 90, 160), (1, 16, 5, 60, 104)])
 @pytest.mark.parametrize("vace", [False, True])
 def test_sampling(monkeypatch, dim, ffn_dim, stored, computed, latent, vace):
-    layout = dit.DiTLayout(dim=dim, ffn_dim=ffn_dim, layers=4, heads=dim // 128)
+    layout = DiTLayout(dim=dim, ffn_dim=ffn_dim, layers=4, heads=dim // 128)
     model = on_meta(lambda: dit.DiT(layout), stored)
     adviser = on_meta(lambda: VACE(VACELayout(dim, ffn_dim, 2, dim // 128)), stored)
     monkeypatch.setattr(dit, "pad_text", lambda text: (text, None))  # it looks at values, of which meta has none
@@ -71,7 +73,7 @@ def test_sampling(monkeypatch, dim, ffn_dim, stored, computed, latent, vace):
     residuals = (VACEResiduals(adviser, context, 1.0, layout.layers),) if vace else ()
     context_bytes = context.nbytes if vace else 0
     with torch.inference_mode(), LivingTensors(model, adviser) as living:
-        model(x, time, text, dit.Slots(block_residuals=residuals), dit.Run(compute_dtype=computed))
+        model(x, time, text, Slots(block_residuals=residuals), Run(compute_dtype=computed))
     widened = widened_room(model, computed)
     assert widened == (dim * ffn_dim * 4 if stored != computed else 0)
     estimate = sampling_room(layout, latent, 1, computed, vace, widened) - context_bytes

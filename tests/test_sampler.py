@@ -10,7 +10,8 @@ import torch
 from comfyui_wanflow.wan_core.adapters.injection import Condition, Injection
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
 from comfyui_wanflow.wan_core.model import WanModel
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD
 from comfyui_wanflow.wan_core.offload.residency import Residency

@@ -14,7 +14,8 @@ from comfyui_wanflow.wan_core.loading.catalog import Preset
 from comfyui_wanflow.wan_core.loading.lora_files import load_lora
 from comfyui_wanflow.wan_core.model import WanModel
 from comfyui_wanflow.wan_core.models.compiled import Compile
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import unnormalised

@@ -8,7 +8,8 @@ import tokenizers
 import torch
 from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.host import host
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from comfyui_wanflow.wan_core.video import read_video

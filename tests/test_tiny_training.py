@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from comfyui_wanflow.wan_core.models.dit import DiTLayout
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD
 from comfyui_wanflow.wan_core.sampling.schedules import shifted
 from comfyui_wanflow.wan_core.tiny import train_dit, train_text, train_vae, world

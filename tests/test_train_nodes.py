@@ -23,7 +23,8 @@ from comfyui_wanflow.nodes.watch import Watch
 from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.lora_files import KEY_FORMATS, load_lora
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.sampling.loop import Settings, sample
 from comfyui_wanflow.wan_core.sheet import video_sheet
 from comfyui_wanflow.wan_core.training import samples

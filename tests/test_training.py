@@ -9,7 +9,8 @@ from comfyui_wanflow.wan_core.errors import FileError, InputError
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.lora_files import load_lora
 from comfyui_wanflow.wan_core.lora import fit
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.sampling.loop import Settings as SamplingSettings
 from comfyui_wanflow.wan_core.sampling.loop import sample
 from comfyui_wanflow.wan_core.tiny import world

@@ -14,7 +14,8 @@ import torch
 from comfyui_wanflow.wan_core.errors import InputError, MemoryShortage, ModelError
 from comfyui_wanflow.wan_core.loading.catalog import Preset
 from comfyui_wanflow.wan_core.model import WanModel
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.offload.residency import Residency
 from comfyui_wanflow.wan_core.training.examples import Example

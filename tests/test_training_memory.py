@@ -5,7 +5,9 @@ import pytest
 import torch
 from comfyui_wanflow.wan_core.lora import worked_in
 from comfyui_wanflow.wan_core.model import WanModel
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
+from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.offload.residency import Residency
 from comfyui_wanflow.wan_core.training import trainee as trainees
 from comfyui_wanflow.wan_core.training.memory import training_memory
@@ -46,7 +48,7 @@ def without_values(monkeypatch):
     (1536, 8960, {}), (5120, 13824, {}), (5120, 13824, {"gradient_checkpointing": False})])  # fmt: skip
 @pytest.mark.parametrize("whole", [False, True], ids=["lora", "whole"])
 def test_a_step_takes_what_was_foretold(without_values, dim, ffn_dim, options, whole):
-    layout = dit.DiTLayout(dim=dim, ffn_dim=ffn_dim, layers=4, heads=dim // 128)
+    layout = DiTLayout(dim=dim, ffn_dim=ffn_dim, layers=4, heads=dim // 128)
     trunk = on_meta(lambda: dit.DiT(layout))
     model = WanModel(
         module=Network(trunk), name="none", device=torch.device("meta"), compute_dtype=torch.bfloat16, layout=layout,
@@ -57,7 +59,7 @@ def test_a_step_takes_what_was_foretold(without_values, dim, ffn_dim, options, w
     x, time, text = (torch.empty(shape, device="meta") for shape in ((1, *LATENT), (1,), (1, 512, 4096)))
     changes = [change for lora, _ in trainee.model.loras for change in lora.changes.values()]
     with worked_in(network, trainee.model.loras), LivingTensors(network, *changes) as living:
-        run = dit.Run(torch.bfloat16, around=around(settings))
+        run = Run(torch.bfloat16, around=around(settings))
         network.trunk(x, time, text, None, run).square().mean().backward()
     memory = training_memory(trainee, [(16, 1, 8, 8), LATENT], settings)
     gradients = sum(4 * parameter.numel() for parameter in trainee.parameters.values())

@@ -12,8 +12,10 @@ from comfyui_wanflow.wan_core.adapters.vace import VACECondition, fold_mask, vac
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
 from comfyui_wanflow.wan_core.loading.keymaps import published_names
 from comfyui_wanflow.wan_core.model import WanModel
-from comfyui_wanflow.wan_core.models.dit import DiT, DiTLayout, Run
+from comfyui_wanflow.wan_core.models.dit import DiT
+from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
+from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE, normalised
 from comfyui_wanflow.wan_core.offload.residency import Residency

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from .errors import ModelError
 from .models.changes import Change, LowRank, flat
-from .models.dit import LATENT_CHANNELS, PATCH, size_name
 from .models.layers import Linear
+from .models.layout import LATENT_CHANNELS, PATCH, size_name
 from .models.network import Network
 from .models.packed import PackedLinear
 from .offload.residency import Residency

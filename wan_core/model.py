@@ -20,9 +20,10 @@ from .loading.catalog import Preset
 from .lora import Lora, Loras, fit, widened, worked_in
 from .models.attention import check_backend
 from .models.compiled import Compile, compiled
-from .models.dit import DiT, DiTLayout, size_name
+from .models.dit import DiT
 from .models.embedders import MotionController
 from .models.image_encoder import ImageEncoder
+from .models.layout import DiTLayout, size_name
 from .models.network import Network
 from .models.text_encoder import UMT5Encoder
 from .models.tiling import Ladder, Size, ladder

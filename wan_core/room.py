@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .models.dit import LATENT_CHANNELS, PATCH, PRODUCT_TOKENS, DiTLayout
+from .models.blocks import PRODUCT_TOKENS
 from .models.image_encoder import ImageEncoderLayout
 from .models.layers import Linear
+from .models.layout import LATENT_CHANNELS, PATCH, DiTLayout
 from .models.text_encoder import UMT5Layout
 
 # Full-size channels alive at once, in units of the network's width: in a clip, and in a single picture.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ModelError
-from ..models.dit import DiTLayout
+from ..models.layout import DiTLayout
 from ..models.network import Network
 from ..models.vae import normalised
 from ..size import FRAMES_PER_LATENT, LATENT_CHANNELS, pixel_size

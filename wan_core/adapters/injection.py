@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError, ModelError
-from ..models.dit import DiT, Slots, Step
+from ..models.blocks import Step
+from ..models.dit import DiT
 from ..models.network import Network
+from ..models.slots import Slots
 from ..size import pixel_size
 
 IMAGE_TOKENS = 257  # of one CLIP image: one for the whole, 16 x 16 for its parts

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.dit import Step, plus
+from ..models.blocks import Step, plus
 from ..models.network import Network
 from ..models.vace import VACE
 from ..models.vae import normalised

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError, InputError
-from ..models.dit import DiT, DiTLayout
+from ..models.dit import DiT
 from ..models.image_encoder import ImageEncoder, ImageEncoderLayout
+from ..models.layout import DiTLayout
 from ..models.packed import FLOATS_OF_8_BITS, Packed
 from ..models.packings import unpack_scaled
 from ..models.text_encoder import UMT5Encoder, UMT5Layout

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import FileError, ModelError
-from ..models.dit import DiTLayout, size_name
+from ..models.layout import DiTLayout, size_name
 from .keymaps import bundled
 
 Shapes = Mapping[str, tuple[int, ...]]

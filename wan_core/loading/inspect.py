@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models.dit import LATENT_CHANNELS, DiTLayout, size_name
 from ..models.image_encoder import ImageEncoderLayout
+from ..models.layout import LATENT_CHANNELS, DiTLayout, size_name
 from ..models.text_encoder import UMT5Layout
 from ..models.vace import VACELayout
 from . import catalog

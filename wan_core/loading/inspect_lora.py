@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from ..lora import IMAGE_PARTS, NUMBERED, Lora
 from ..models.changes import Decomposed, Difference, Hadamard, Kronecker, LowRank, Replacement
-from ..models.dit import size_name
+from ..models.layout import size_name
 from .checkpoint import Checkpoint
 from .lora_files import factors, load_lora
 from .page import Fact, ranges

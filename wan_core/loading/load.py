@@ -17,9 +17,10 @@ from ..compute import compute_dtype, default_device
 from ..errors import FileError, InputError
 from ..model import WanImageEncoder, WanModel, WanTextEncoder, WanVAE
 from ..models.attention import check_backend
-from ..models.dit import DiT, DiTLayout
+from ..models.dit import DiT
 from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder, ImageEncoderLayout
+from ..models.layout import DiTLayout
 from ..models.network import Network
 from ..models.packed import Packed, keep_packed, multiply_in_fp8
 from ..models.text_encoder import UMT5Encoder, UMT5Layout

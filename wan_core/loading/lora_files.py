@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import FileError, InputError
 from ..lora import INPUT, Lora
 from ..models.changes import Change, Decomposed, Difference, Hadamard, Kronecker, LowRank, Replacement, flat
-from ..models.dit import PATCH
+from ..models.layout import PATCH
 from ..saving import write_whole
 from .checkpoint import Checkpoint, open_checkpoint
 from .identify import expect, identify

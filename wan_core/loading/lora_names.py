@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..lora import parameters
-from ..models.dit import DiT, DiTLayout, size_name
+from ..models.dit import DiT
 from ..models.embedders import MotionController
+from ..models.layout import DiTLayout, size_name
 from ..models.network import Network
 from ..models.vace import VACE, VACELayout
 from .keymaps import LAYOUTS

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..errors import FileError
-from ..models.dit import DiT, DiTLayout
+from ..models.dit import DiT
 from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder, ImageEncoderLayout
+from ..models.layout import DiTLayout
 from ..models.text_encoder import UMT5Encoder, UMT5Layout
 from ..models.vace import VACE, VACELayout
 from ..models.vae import VideoVAE

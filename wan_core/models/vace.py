@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .dit import HEAD_DIM, Block, PatchEmbedding, Step, in_pieces, plus
+from .blocks import Block, PatchEmbedding, Step, in_pieces, plus
 from .layers import Linear
+from .layout import HEAD_DIM
 
 ESSENTIAL = ("vace_patch_embedding.weight", "vace_blocks.0.ffn.0.weight")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..models.attention import attention
-from ..models.dit import Alone
+from ..models.slots import Alone
 from .talk import collected, talking
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..errors import InputError, Lost
-from ..models.dit import Alone
+from ..models.slots import Alone
 from .sequence import Sequence
 from .talk import collected, talking
 

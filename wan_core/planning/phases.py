@@ -11,7 +11,8 @@ import torch
 from ..adapters.injection import IMAGE_TOKENS
 from ..compute import compute_dtype
 from ..model import Engine, WanImageEncoder, WanModel, WanTextEncoder, WanVAE
-from ..models.dit import PATCH, PRODUCT_TOKENS
+from ..models.blocks import PRODUCT_TOKENS
+from ..models.layout import PATCH
 from ..models.tiling import Size, ladder, tiles
 from ..models.tokenizer import MAX_TOKENS
 from ..offload.residency import Residency

@@ -5,8 +5,9 @@ The counts equal those of torch's own counter (`tests/test_planning.py` compares
 
 from __future__ import annotations
 
-from ..models.dit import LATENT_CHANNELS, TEXT_ROWS, DiTLayout
+from ..models.dit import TEXT_ROWS
 from ..models.image_encoder import ImageEncoderLayout
+from ..models.layout import LATENT_CHANNELS, DiTLayout
 from ..models.text_encoder import UMT5Layout
 from ..models.vace import VACELayout
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from ..adapters.injection import Canvas, Condition, Injection, inject
 from ..errors import InputError, ModelError
 from ..model import WanModel
-from ..models.dit import LATENT_CHANNELS, Run
+from ..models.layout import LATENT_CHANNELS
+from ..models.slots import Run
 from ..models.vae import normalised, unnormalised
 from ..offload.recovery import persist
 from ..parallel.team import Share, Team

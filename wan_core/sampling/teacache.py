@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.dit import DiT, DiTLayout
+from ..models.dit import DiT
+from ..models.layout import DiTLayout
 
 
 class Method(NamedTuple):

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..compute import compute_dtype
-from ..models.dit import DiT, DiTLayout, Run
+from ..models.dit import DiT
+from ..models.layout import DiTLayout
+from ..models.slots import Run
 from ..models.text_encoder import UMT5Encoder, UMT5Layout
 from ..models.tokenizer import Tokenizer
 from ..models.vae import VideoVAE, normalised

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..models.dit import DiT, Run, Slots
+from ..models.dit import DiT
+from ..models.slots import Run, Slots
 from ..sampling.schedules import shifted
 
 

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapters.injection import Canvas, inject
 from ..model import WanModel
-from ..models.dit import Run, call
 from ..models.network import Network
+from ..models.slots import Run, call
 from .examples import Example
 from .flow import flow_matching_loss, training_levels
 from .settings import Settings
