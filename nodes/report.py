@@ -8,7 +8,6 @@ from ..wan_core.errors import FileError
 from ..wan_core.loading import catalog
 from ..wan_core.loading.download import find
 from ..wan_core.loading.inspect import inspect
-from ..wan_core.loading.sources import BUNDLED
 from .host import host, io
 from .host.standalone import MODEL_FOLDERS
 from .library import library_of
@@ -28,8 +27,7 @@ def files_called(name: str) -> list[Path]:
         return [Path(name)]
     if row := catalog.BY_NAME.get(name):
         source = row.files.get("motion_controller", row.files["dit"])
-        library = library_of("diffusion_models")
-        if files := [BUNDLED / source.pattern] if not source.model_id else find(source, library):
+        if files := find(source, library_of("diffusion_models")):
             return files
         raise FileError(f"{name} is not on this machine. Fetch it with 'wanflow download {name}', or load it once.")
     for kind in MODEL_FOLDERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ...wan_core.errors import InputError
 from ...wan_core.loading.catalog import BY_NAME, CATALOG, Row, Source
 from ...wan_core.loading.download import Library, check_room, fetch, find, order, remote_files
 from ...wan_core.loading.hub import in_words
+from ...wan_core.loading.shards import complete
 from ..host.standalone import host
 from .validate import nearest
 
@@ -89,14 +91,14 @@ def row_line(row: Row, options: argparse.Namespace) -> str:
     ]
     if missing:
         return f"missing: {', '.join(missing)}"
-    return f"here, {in_words(sum(map(size_on_disk, chain(*found.values()))))}"
+    return f"here, {in_words(size_on_disk(chain(*found.values())))}"
 
 
 def file_line(row: Row, kind: str, options: argparse.Namespace) -> str:
     """Where the files of a kind lie, or where they would come from and how large they are."""
     source = row.files[kind]
     if found := on_this_machine(kind, source, options):
-        return f"{', '.join(map(str, found))} ({in_words(sum(map(size_on_disk, found)))})"
+        return f"{', '.join(map(str, found))} ({in_words(size_on_disk(found))})"
     return f"missing, {source}{size_of_missing(source, options) or estimate(row, kind, options)}"
 
 
@@ -109,8 +111,11 @@ def estimate(row: Row, kind: str, options: argparse.Namespace) -> str:
     return f" (about {in_words(open_outline(row.name, kind, library_for(kind, options)).bytes)})"
 
 
-def size_on_disk(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
+def size_on_disk(paths: Iterable[Path]) -> int:
+    """In bytes; of folders all that is in them, of an index what it lists."""
+    files: set[Path] = set()
+    for path in paths:
+        files.update(path.rglob("*") if path.is_dir() else (shard.path for shard in complete([path])))
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -152,6 +157,4 @@ def row_of(name: str) -> Row:
 
 def on_this_machine(kind: str, source: Source, options: argparse.Namespace) -> list[Path]:
     """The files of a source if they are all here; nobody is asked for them."""
-    from ...wan_core.loading.sources import BUNDLED
-
-    return find(source, library_for(kind, options)) if source.model_id else [BUNDLED / source.pattern]
+    return find(source, library_for(kind, options))

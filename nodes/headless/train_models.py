@@ -13,7 +13,6 @@ from ...wan_core.loading.catalog import Source
 from ...wan_core.loading.checkpoint import open_checkpoint
 from ...wan_core.loading.download import fetch
 from ...wan_core.loading.identify import identify
-from ...wan_core.loading.sources import located
 from ...wan_core.offload.options import Offload
 from ..host.standalone import host
 from ..offload import GIB
@@ -71,7 +70,7 @@ def files_by_kind(options: argparse.Namespace) -> dict[str, list[Path]]:
         found[kind] = files
     if options.model is not None:
         published = {kind: source for kind, source in row_of(options.model).files.items() if kind in KINDS}
-        found = {kind: located(published[kind], library_for(kind, options)) for kind in published} | found
+        found = {kind: fetch(published[kind], library_for(kind, options)) for kind in published} | found
     for kind, noun in NEEDED.items():
         if kind not in found:
             raise InputError(

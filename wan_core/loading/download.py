@@ -1,4 +1,5 @@
-"""Finds the files of a published model: in the folders users keep models in, and only then on ModelScope."""
+"""Finds the files of a catalogued model: inside this package, in the folders users keep models in, and only then on
+ModelScope."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from .catalog import Source
 from .hub import PART, RemoteFile, in_words, part_of
 from .shards import complete
 
+BUNDLED = Path(__file__).parents[1] / "tiny" / "weights"
 LOCAL = Path("models")  # ./models/<organisation>/<name>/, as ModelScope's own tools lay it out
 OFFLINE = "WANFLOW_OFFLINE"
 # File names that say nothing about the model inside; others may also lie directly in a model folder.
@@ -72,6 +74,8 @@ def fetch(source: Source, library: Library = PLAIN) -> list[Path]:
     """
     if found := find(source, library):
         return found
+    if not source.model_id:
+        raise FileError(f"This installation of WanFlow lacks {source}. Install it again.")
     common = redirected(source)
     if library.redirect_common_files and common != source:
         library.say(f"{source} is the same file as {common}, which is used instead (redirect_common_files).")
@@ -94,6 +98,8 @@ def redirected(source: Source) -> Source:
 
 def find(source: Source, library: Library = PLAIN) -> list[Path]:
     """The files of a source that are on this machine; empty unless all of them are."""
+    if not source.model_id:
+        return [path for path in [BUNDLED / source.pattern] if path.exists()]
     name = source.model_id.split("/")[-1]
     for root in library.roots:
         for folder in (root / source.model_id, root / name):

@@ -15,7 +15,6 @@ from .download import PLAIN, Library, fetch
 from .identify import KINDS, identify
 from .shards import INDEX_SUFFIX, WEIGHT_SUFFIXES, group
 
-BUNDLED = Path(__file__).parents[1] / "tiny" / "weights"
 # Where a Diffusers folder keeps its models.
 SUBFOLDERS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "image_encoder": "image_encoder"}
 MODEL_ID = re.compile(r"^(?P<model_id>[\w.-]+/[\w.-]+):(?P<pattern>[^:\\]*)$")
@@ -56,11 +55,7 @@ def tokenizer_folder(
             return folder
     row = catalog.BY_NAME.get(source) if isinstance(source, str) else None
     published = (row or catalog.BY_NAME["Wan2.1-T2V-1.3B"]).files["tokenizer"]
-    return located(published, library)[0]
-
-
-def located(source: Source, library: Library) -> list[Path]:
-    return fetch(source, library) if source.model_id else [BUNDLED / source.pattern]
+    return fetch(published, library)[0]
 
 
 def _resolve_one(part: str | os.PathLike, kind: str, library: Library) -> list[Path]:
@@ -74,7 +69,7 @@ def _resolve_one(part: str | os.PathLike, kind: str, library: Library) -> list[P
         return _pick(found[0], kind) if found[0].is_dir() else found
     if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(INDEX_SUFFIX) or len(path.parts) > 1:
         raise FileError(f"There is no file {path}. Check the path, or download the file again.")
-    return located(catalog.source_of(str(part), kind), library)
+    return fetch(catalog.source_of(str(part), kind), library)
 
 
 def _pick(folder: Path, kind: str) -> list[Path]:
