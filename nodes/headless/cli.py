@@ -19,7 +19,7 @@ from .models import add_models
 from .plan import add_plan
 from .train import add_train, add_validate, train, validate
 from .validate import WorkflowError, describe, nearest
-from .workflows import apply_settings, read_workflow
+from .workflows import add_workflow, apply_settings, read_workflow
 
 OK, ERROR, INVALID, INTERRUPTED = 0, 1, 2, 130
 
@@ -49,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a workflow", description="Run a workflow exported with "
                               "ComfyUI's Workflow > Export (API). Prints the path of each file it saves.")
-    run.add_argument("workflow", help="a file, or the name of a workflow that comes with WanFlow, such as quickstart")
-    run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",
-                     help="replace a value; NODE is an id, a title or a node name (repeatable)")
+    add_workflow(run)
     run.add_argument("--models-dir", type=folder, metavar="FOLDER", help="where the model folders are (./models)")
     run.add_argument("--input-dir", type=folder, metavar="FOLDER", help="where images and videos are read (./input)")
     run.add_argument("--output-dir", type=Path, metavar="FOLDER", help="where results go (./output)")

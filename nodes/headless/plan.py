@@ -8,7 +8,7 @@ from typing import Any
 
 from ...wan_core.errors import InputError
 from ..host.standalone import host
-from .workflows import apply_settings, read_workflow
+from .workflows import add_workflow, apply_settings, read_workflow
 
 
 def add_plan(commands: Any) -> argparse.ArgumentParser:
@@ -19,9 +19,7 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "travel, and whether that costs time. Nothing is computed, no weight is read, nothing downloaded: of models "
         "that are not on this machine the published sizes are known.",
     )
-    plan.add_argument("workflow", help="a file, or the name of a workflow that comes with WanFlow, such as quickstart")
-    plan.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",
-                      help="replace a value; NODE is an id, a title or a node name (repeatable)")
+    add_workflow(plan)
     plan.add_argument("--card", metavar="NAME", help="another graphics card than this machine's, such as 'RTX 4090'")
     plan.add_argument("--vram", type=float, metavar="GB", help="memory of the card; 0: no card")
     plan.add_argument("--ram", type=float, metavar="GB", help="main memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from .validate import Workflow, WorkflowError, check_structure, choices, nearest
 PACKAGE = Path(__file__).resolve().parents[2]
 EXAMPLES = Path("example_workflows", "api")
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def add_workflow(to: argparse.ArgumentParser) -> None:
+    """The arguments of commands that take a workflow."""
+    to.add_argument("workflow", help="a file, or the name of a workflow that comes with WanFlow, such as quickstart")
+    to.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",
+                    help="replace a value; NODE is an id, a title or a node name (repeatable)")
 
 
 def read_workflow(name: str) -> Workflow:
