@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from ..wan_core.loading import catalog
+from ..wan_core.loading.catalog import offered_as
 from ..wan_core.video import read_video
 from . import pink
 from .cards import card
@@ -77,10 +78,11 @@ def text_to_video(row: catalog.Row, prompt: str = CAT_PROMPT) -> dict[str, Any]:
     preset = row.preset
     size = {"width": preset.width, "height": preset.height, "num_frames": preset.num_frames}
     return {
-        "1": node("LoadModel", "Load Wan Model", model=shared(row, "dit"), weight_dtype="auto", attention="auto"),
-        "2": node("LoadTextEncoder", "Load Wan Text Encoder", text_encoder=shared(row, "text_encoder"),
+        "1": node("LoadModel", "Load Wan Model", model=offered_as(row.name, "dit"), weight_dtype="auto",
+                  attention="auto"),
+        "2": node("LoadTextEncoder", "Load Wan Text Encoder", text_encoder=offered_as(row.name, "text_encoder"),
                   weight_dtype="auto"),
-        "3": node("LoadVAE", "Load Wan VAE", vae=shared(row, "vae"), weight_dtype="auto"),
+        "3": node("LoadVAE", "Load Wan VAE", vae=offered_as(row.name, "vae"), weight_dtype="auto"),
         "4": node("TextEncode", "Prompt", text_encoder=["2", 0], text=prompt),
         "5": node("TextEncode", "Negative Prompt", text_encoder=["2", 0], text=preset.negative_prompt),
         "6": node("EmptyLatent", "Empty Wan Latent", **size, batch_size=1),
@@ -204,7 +206,7 @@ def load_video(title: str, file: str, row: catalog.Row) -> dict[str, Any]:
 
 
 def load_image_encoder(row: catalog.Row) -> dict[str, Any]:
-    name = shared(row, "image_encoder")
+    name = offered_as(row.name, "image_encoder")
     return node("LoadImageEncoder", "Load Wan Image Encoder", image_encoder=name, weight_dtype="auto")
 
 
@@ -220,11 +222,6 @@ def condition(workflow: dict[str, Any], kind: str, title: str, **inputs: Any) ->
     sampler = workflow["7"]["inputs"]
     before = {"conditions": sampler["conditions"]} if "conditions" in sampler else {}
     sampler["conditions"] = add(workflow, node(kind, title, **inputs, **before))
-
-
-def shared(row: catalog.Row, kind: str) -> str:
-    """The name under which the menus offer this model's file: that of the first model that has the same."""
-    return next(name for name in catalog.names(kind) if catalog.BY_NAME[name].files[kind] == row.files[kind])
 
 
 # ---------------------------------------------------------------- files

@@ -117,6 +117,7 @@ CATALOG = (
     ),
 )  # fmt: skip
 BY_NAME = {row.name: row for row in CATALOG}
+LORAS = {"WanTiny-T2V-4steps": Source("", "WanTiny-T2V-4steps.safetensors")}
 
 
 def names(kind: str) -> list[str]:
@@ -126,6 +127,12 @@ def names(kind: str) -> list[str]:
         if kind in row.files:
             first.setdefault(row.files[kind], row.name)
     return list(first.values())
+
+
+def offered_as(name: str, kind: str) -> str:
+    """Under which of `names` this model's file of the kind is. Raises FileError if it has none."""
+    source = source_of(name, kind)
+    return next(other for other in names(kind) if BY_NAME[other].files[kind] == source)
 
 
 def source_of(name: str, kind: str) -> Source:
