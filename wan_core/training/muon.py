@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..compute import compute_dtype
+
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic iteration in the first source
 EPS = 1e-8
 
@@ -75,12 +77,15 @@ def matrix_shape(parameter: Tensor) -> tuple[int, int] | None:
 
 
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """About U V^T of each matrix's singular value decomposition, (n, rows, columns): Newton and Schulz's iteration."""
+    """About U V^T of each matrix's singular value decomposition, (n, rows, columns): Newton and Schulz's iteration.
+
+    bf16 is enough for it where the processor is quicker in bf16, as the first source found.
+    """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT, iterations).mT
     a, b, c = COEFFICIENTS
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(compute_dtype(matrices.device))
     for _ in range(iterations):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.float()
