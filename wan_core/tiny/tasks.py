@@ -215,11 +215,10 @@ class Repaint(Task):
         return (vace_condition(video, torch.from_numpy(mask), reference, SIZE, encoders.vae.encode),)
 
     def scores(self, videos, samples):
-        errors = []
-        for video, sample in zip(videos, samples, strict=True):
-            kept = sample.given[1] == 0
-            errors.extend(np.square(video - sample.clip)[kept].ravel())
-        return {"kept, dB": measure.decibel(np.mean(errors))} | fact_scores(videos, samples)
+        pairs = zip(videos, samples, strict=True)
+        errors = np.concatenate([np.square(video - sample.clip)[sample.given[1] == 0] for video, sample in pairs])
+        kept = {"kept, dB": measure.decibel(errors.mean())} if errors.size else {}
+        return kept | fact_scores(videos, samples)
 
 
 class Speed(Task):
@@ -315,7 +314,9 @@ def samples(task: Task, count: int, seed: int, held_out: bool) -> list[Sample]:
 
 
 def shapes(condition: Condition) -> tuple:
-    return type(condition), *(tuple(value.shape) for value in vars(condition).values() if isinstance(value, Tensor))
+    """Conditions with equal ones can be `stacked`."""
+    tensors = {name: value for name, value in vars(condition).items() if isinstance(value, Tensor)}
+    return type(condition), *((name, *value.shape) for name, value in tensors.items())
 
 
 def stacked(conditions: Sequence[Condition]) -> Condition:
