@@ -95,6 +95,12 @@ def _listed(index: Path) -> list[Shard]:
     return [Shard(index.parent / file, index, frozenset(files[file])) for file in order]
 
 
+def write_index(index: Path, weight_map: Mapping[str, str], size: int) -> None:
+    """weight_map: the names of tensors to files, from the index's folder; size: of all the tensors, in bytes."""
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
+    index.write_text(text, encoding="utf-8")
+
+
 def group(folder: Path) -> list[list[Path]]:
     """The checkpoints directly inside a folder, each as its list of files, in the order of their names.
 

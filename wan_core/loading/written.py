@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..saving import write_whole
 from .mapped import DTYPES
-from .shards import INDEX_SUFFIX
+from .shards import INDEX_SUFFIX, write_index
 
 CODES = {dtype: code for code, dtype in DTYPES.items() if code != "F8_E8M0"}
 
@@ -69,8 +69,7 @@ def write_shards(path: Path, shards: Sequence[Sequence[Piece]], metadata: Mappin
             for name in piece.outline
         }
         size = sum(piece.bytes for pieces in shards for piece in pieces)
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        writers[path.with_name(path.name + INDEX_SUFFIX)] = lambda file: file.write_text(json.dumps(index, indent=1))
+        writers[path.with_name(path.name + INDEX_SUFFIX)] = partial(write_index, weight_map=places, size=size)
     write_whole(writers)
     return list(writers)
 
