@@ -39,12 +39,14 @@ class Example:
     """A batch of clips of one size to train on.
 
     latents (b, 16, T, h, w) normalised; text (b, L, text width), zero after each caption's end; the conditions are for
-    all rows.
+    all rows. noise, as latents, and sigmas (b,): the other ends of the lines to learn, and where on them; None: drawn.
     """
 
     latents: Tensor
     text: Tensor
     conditions: tuple[Condition, ...] = ()
+    noise: Tensor | None = None
+    sigmas: Tensor | None = None
 
 
 @dataclass(frozen=True)

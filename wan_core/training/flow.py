@@ -102,6 +102,17 @@ def training_levels(settings: LevelSettings, count: int = 1000) -> Levels:
     return levels.between(settings.min_timestep_boundary, settings.max_timestep_boundary)
 
 
+def line(x: Tensor, sigma: float, y: Tensor, lower: float) -> tuple[Tensor, Tensor]:
+    """The ends, (data, noise), of the straight line that is at x at the level sigma and at y at a lower one.
+
+    Learned, it takes a few-step model from x to y in one step. Luhman and Luhman, "Knowledge Distillation in Iterative
+    Generative Models for Improved Sampling Speed", arXiv 2101.02388, piece by piece as in Yan et al., "PeRFlow:
+    Piecewise Rectified Flow as Universal Plug-and-Play Accelerator", arXiv 2405.07510.
+    """
+    velocity = (x - y) / (sigma - lower)
+    return x - sigma * velocity, x + (1 - sigma) * velocity
+
+
 def flow_matching_loss(
     trunk: DiT,
     latents: Tensor,

@@ -30,11 +30,12 @@ class Objective(nn.Module):
     def forward(
         self, example: Example, generators: Sequence[torch.Generator], sigmas: Tensor | None = None
     ) -> Tensor:
-        """The mean loss of a batch: weighted, at random levels, or as it is at the given ones, sigmas (b,).
+        """The mean loss of a batch: weighted, at random levels, or as it is at given ones, `sigmas` or the example's.
 
         What is random about a row comes from its own generator, on the CPU: a seed means the same on every device.
         """
         weights = torch.ones(len(generators))
+        sigmas = example.sigmas if sigmas is None else sigmas
         if sigmas is None:
             draws = [self.levels.draw(1, generator) for generator in generators]
             sigmas, weights = (torch.cat(column) for column in zip(*draws, strict=True))
@@ -51,6 +52,8 @@ class Objective(nn.Module):
             front = injection.prefix_frames.to(latents).expand(rows, -1, -1, -1, -1)
             latents = torch.cat([front, latents], dim=2)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+        if example.noise is not None:
+            noise[:, :, -canvas.frames :] = example.noise
         text, noise = example.text.to(latents.device), noise.to(latents.device)
         return flow_matching_loss(self.network.trunk, latents, text, sigmas, noise, injection, self.run)
 
