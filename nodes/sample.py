@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..wan_core.sampling.loop import DENOISE_AS, STATES, Settings, sample, working_room
+from ..wan_core.sampling.presets import FEW_STEPS, few_steps
 from ..wan_core.sampling.schedules import SOLVERS, read_timesteps
 from ..wan_core.size import latent_shape, snap_size
 from .host import host, io
-from .wires import WanConditions, WanModel, conditioning_text, latent_samples, refuse_noise_mask
+from .wires import Choice, WanConditions, WanModel, conditioning_text, latent_samples, refuse_noise_mask
 
 
 class EmptyLatent(io.ComfyNode):
@@ -43,6 +44,38 @@ class EmptyLatent(io.ComfyNode):
             host.say(note)
         samples = torch.zeros(latent_shape(width, height, num_frames, batch_size), device=host.intermediate_device())
         return io.NodeOutput({"samples": samples})
+
+
+class FewSteps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowFewSteps",
+            display_name="Wan Few Steps",
+            category="WanFlow/sampling",
+            description="The settings that a distilled model or LoRA was made for, for Wan Sampler: connect each "
+            "output to the input of its name.",
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=list(FEW_STEPS),
+                    default="lightx2v 14B",
+                    tooltip="What was loaded, as a checkpoint or as a LoRA. WanTiny-T2V-4steps is built in.",
+                ),
+            ],
+            outputs=[
+                io.Int.Output(display_name="steps", tooltip="For steps of Wan Sampler."),
+                io.Float.Output(display_name="cfg", tooltip="For cfg: 1, so that no negative is needed."),
+                io.Float.Output(display_name="shift", tooltip="For shift."),
+                Choice.Output(display_name="scheduler", tooltip="For scheduler."),
+                io.String.Output(display_name="timesteps", tooltip="For timesteps; empty where shift spaces them."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, preset):
+        settings = few_steps(preset)
+        return io.NodeOutput(settings.steps, settings.cfg, settings.shift, settings.scheduler, settings.timesteps)
 
 
 class Sampler(io.ComfyNode):
@@ -189,4 +222,4 @@ class Sampler(io.ComfyNode):
         return io.NodeOutput({"samples": result.to(host.intermediate_device())})
 
 
-NODES = [EmptyLatent, Sampler]
+NODES = [EmptyLatent, FewSteps, Sampler]

@@ -22,6 +22,7 @@ WanLora = io.Custom("WAN_LORA")
 WanDataset = io.Custom("WAN_DATASET")
 WanOffload = io.Custom("WAN_OFFLOAD")
 WanLibrary = io.Custom("WAN_LIBRARY")
+Choice = io.Custom("COMBO")  # as an output; what io.Combo gives out, ComfyUI 0.3.64 connects to nothing
 
 TINY_ENCODES = (
     "{} is a tiny VAE: what it encodes is a rough likeness, and the video will follow that. Encode with the full VAE, "

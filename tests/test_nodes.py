@@ -34,6 +34,7 @@ RELEASED = {
     "WanFlowApplyLora": ("model lora_name strength", "lora part", "model report"),
     "WanFlowTeaCache": ("model threshold preset coefficients start end device", "", "model"),
     "WanFlowEasyCache": ("model threshold start end", "", "model"),
+    "WanFlowMagCache": ("model threshold max_skip curve start end device", "", "model"),
     "WanFlowSlidingWindow": ("model window_size window_stride", "", "model"),
     "WanFlowCompile": ("model mode dynamic", "", "model"),
     "WanFlowOffload": ("rest_on rest_dtype vram_limit_gb vram_buffer_gb num_persistent_params", "", "offload"),
@@ -46,6 +47,7 @@ RELEASED = {
     ),
     "WanFlowMotionSpeed": ("motion_bucket_id", "conditions", "conditions"),
     "WanFlowEmptyLatent": ("width height num_frames batch_size", "", "latent"),
+    "WanFlowFewSteps": ("preset", "", "steps cfg shift scheduler timesteps"),
     "WanFlowTextEncode": ("text_encoder text", "", "conditioning report"),
     "WanFlowSampler": (
         "model positive latent seed rand_device steps cfg cfg_merge shift scheduler denoise",

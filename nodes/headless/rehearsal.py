@@ -264,8 +264,9 @@ ROLES = {
     "PreviewImage": Rehearsal.save,
 }  # fmt: skip
 # What these do costs nothing: they set something up, or make a small tensor.
-REAL = {"WanFlowOffload", "WanFlowTeaCache", "WanFlowEasyCache", "WanFlowSlidingWindow", "WanFlowCompile",
-        "WanFlowMotionSpeed", "WanFlowEmptyLatent", "WanFlowApplyLora", "WanFlowLibrary"}  # fmt: skip
+REAL = {"WanFlowOffload", "WanFlowTeaCache", "WanFlowEasyCache", "WanFlowMagCache", "WanFlowSlidingWindow",
+        "WanFlowCompile", "WanFlowMotionSpeed", "WanFlowEmptyLatent", "WanFlowFewSteps", "WanFlowApplyLora",
+        "WanFlowLibrary"}  # fmt: skip
 
 
 def cast(rehearsal: Rehearsal, node: type[io.ComfyNode]) -> type[io.ComfyNode]:
