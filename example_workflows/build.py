@@ -28,6 +28,7 @@ from .inputs import DEPTH_VIDEO, FIRST_IMAGE, LAST_IMAGE, MASK, REFERENCE_IMAGE,
 FOLDER = Path(__file__).parent
 
 TOY = "WanTiny-T2V"
+DISTILLED = "WanTiny-T2V-4steps"
 TOY_PROMPT = "a red circle moves left on a blue background"
 CAT_PROMPT = (
     "A tabby cat walks along a garden wall in the morning sun, its tail upright, dew on the leaves behind it, "
@@ -50,7 +51,9 @@ def workflows() -> dict[str, dict[str, Any]]:
         if row.name != TOY:
             named |= examples(row)
     named["video_to_video"] = video_to_video(catalog.BY_NAME["Wan2.1-T2V-1.3B"])
-    named["few_steps"] = few_steps(catalog.BY_NAME["Wan2.1-T2V-14B"])
+    named["quickstart_4_steps"] = few_steps(catalog.BY_NAME[TOY], DISTILLED, "Apply Wan LoRA", DISTILLED, TOY_PROMPT)
+    named["few_steps"] = few_steps(catalog.BY_NAME["Wan2.1-T2V-14B"], "lightx2v 14B",
+                                   "Apply Wan LoRA (choose lightx2v's)", "none", CAT_PROMPT)
     named["train_and_use"] = train_and_use(catalog.BY_NAME[TOY])
     for name, workflow in named.items():
         workflow["9"]["inputs"]["filename_prefix"] = "quickstart" if name == "quickstart" else f"WanFlow/{name}"
@@ -103,12 +106,14 @@ def video_to_video(row: catalog.Row) -> dict[str, Any]:
     return workflow
 
 
-def few_steps(row: catalog.Row) -> dict[str, Any]:
-    """As docs/few_steps.md says for lightx2v's LoRA, which the user has to choose: it may be called anything."""
-    workflow = text_to_video(row)
-    lora = node("ApplyLora", "Apply Wan LoRA (choose lightx2v's)", model=["1", 0], lora_name="none", strength=1.0)
+def few_steps(row: catalog.Row, preset: str, title: str, lora_name: str, prompt: str) -> dict[str, Any]:
+    """With a LoRA that makes few steps enough, and the settings for it."""
+    workflow = text_to_video(row, prompt)
     sampler = workflow["7"]["inputs"]
-    sampler |= {"model": add(workflow, lora), "steps": 4, "cfg": 1.0, "shift": 5.0, "scheduler": "lcm"}
+    sampler["model"] = add(workflow, node("ApplyLora", title, model=["1", 0], lora_name=lora_name, strength=1.0))
+    settings, _ = add(workflow, node("FewSteps", "Wan Few Steps", preset=preset))
+    for slot, name in enumerate(("steps", "cfg", "shift", "scheduler", "timesteps")):
+        sampler[name] = [settings, slot]
     del sampler["negative"], workflow["5"]
     return workflow
 

@@ -12,6 +12,7 @@ from ..wan_core.sampling.schedules import SOLVERS
 from ..wan_core.sheet import video_sheet
 from ..wan_core.training.results import results
 from .host import host, io
+from .lora import lora_file
 from .wires import (
     WanConditions,
     WanModel,
@@ -108,12 +109,12 @@ def chosen(text: str) -> Iterator[tuple[str, Path]]:
         elif Path(line).is_file():
             yield Path(line).stem, Path(line)
         else:
-            yield Path(line).stem, lora_file(line)
+            yield Path(line).stem, found(line)
 
 
-def lora_file(name: str) -> Path:
+def found(name: str) -> Path:
     try:
-        return host.find_model("loras", name)
+        return lora_file(name)
     except FileError as error:
         raise FileError(f"{error} Nor is it the folder of a training below {host.output_dir()}.") from error
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..wan_core.errors import InputError
+from ..wan_core.loading.catalog import LORAS
+from ..wan_core.loading.download import fetch
 from ..wan_core.loading.lora_files import KEY_FORMATS, PARTS, load_lora, save_lora
 from ..wan_core.lora import fit, report
 from .host import host, io
+from .library import library_of
 from .wires import WanLora, WanModel
 
 NONE = "none"
+
+
+def lora_file(name: str) -> Path:
+    return fetch(LORAS[name], library_of("loras"))[0] if name in LORAS else host.find_model("loras", name)
 
 
 class ApplyLora(io.ComfyNode):
@@ -24,9 +33,9 @@ class ApplyLora(io.ComfyNode):
                 WanModel.Input("model", tooltip="From Load Wan Model, Add Wan Module or another Apply Wan LoRA."),
                 io.Combo.Input(
                     "lora_name",
-                    options=[NONE, *host.model_files("loras")],
+                    options=[NONE, *LORAS, *host.model_files("loras")],
                     default=NONE,
-                    tooltip="A file in models/loras. none leaves the model as it is.",
+                    tooltip="A file in models/loras, or the built-in one for WanTiny. none leaves the model as it is.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -59,7 +68,7 @@ class ApplyLora(io.ComfyNode):
     def execute(cls, model, lora_name, strength, lora=None, part="auto"):
         if lora is None and lora_name == NONE:
             return io.NodeOutput(model, "No LoRA was chosen: the model stays as it is.")
-        lora = lora or load_lora(host.find_model("loras", lora_name), part)
+        lora = lora or load_lora(lora_file(lora_name), part)
         changed = model.with_lora(lora, strength)
         text = report(lora, fit(lora, changed.module), strength)
         host.say(text)
