@@ -10,6 +10,7 @@ import torch
 from comfyui_wanflow.nodes.host import host
 from comfyui_wanflow.nodes.lora import ApplyLora
 from comfyui_wanflow.wan_core.errors import FileError, InputError, ModelError
+from comfyui_wanflow.wan_core.loading.catalog import LORAS
 from comfyui_wanflow.wan_core.loading.identify import identify
 from comfyui_wanflow.wan_core.loading.load import load_model
 from comfyui_wanflow.wan_core.loading.lora_files import KEY_FORMATS, load_lora, save_lora
@@ -702,7 +703,7 @@ class TestNode:
         return "style/ink.safetensors"
 
     def test_a_file(self, file, model, capsys):
-        assert ApplyLora.GET_NODE_INFO_V1()["input"]["required"]["lora_name"][1]["options"] == ["none", file]
+        assert ApplyLora.GET_NODE_INFO_V1()["input"]["required"]["lora_name"][1]["options"] == ["none", *LORAS, file]
         changed, text = ApplyLora.execute(model=model, lora_name=file, strength=0.5).args
         assert text == "ink: 1 of 1 parts fit, strength 0.5."
         assert text in capsys.readouterr().err
