@@ -8,13 +8,13 @@ import pytest
 from comfyui_wanflow.example_workflows import pink
 from comfyui_wanflow.example_workflows.build import cards, files
 from comfyui_wanflow.example_workflows.inputs import FOLDER as INPUTS
-from comfyui_wanflow.example_workflows.inputs import inputs, training_clips
+from comfyui_wanflow.example_workflows.inputs import inputs, tiny_inputs, training_clips
 from comfyui_wanflow.nodes import node_classes
 from comfyui_wanflow.nodes.headless import core_nodes
 from comfyui_wanflow.nodes.headless.runner import Runner
 from comfyui_wanflow.nodes.headless.validate import is_link, validate
 from comfyui_wanflow.nodes.host import host
-from comfyui_wanflow.wan_core.loading.catalog import BY_NAME
+from comfyui_wanflow.wan_core.loading.catalog import BY_NAME, PUBLISHED
 from comfyui_wanflow.wan_core.video import read_video
 from PIL import Image
 
@@ -47,21 +47,24 @@ def test_the_files_are_what_build_writes():
     for path, text in built.items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run example_workflows/build.py"
     assert set(built) == {*EXAMPLES.rglob("*.json"), ROOT / "README.md", ROOT / "README_zh.md"}
-    for name in BY_NAME:  # the table of models is there
-        for page in ("README.md", "README_zh.md"):
-            assert f"{name} |" in built[ROOT / page] or f"| {name} " in built[ROOT / page]
+    for page in ("README.md", "README_zh.md"):  # the table of models is there
+        assert "| WanTiny-T2V " in built[ROOT / page]
+        assert all(f"{row.name} |" in built[ROOT / page] for row in PUBLISHED)
 
 
 def test_the_inputs_are_what_is_drawn():
     """Pictures to the pixel; of videos, which lose a little, every frame."""
-    drawn, table = inputs() | training_clips(), INPUTS / pink.FOLDER / pink.TABLE
+    drawn, table = inputs() | training_clips() | tiny_inputs(), INPUTS / pink.FOLDER / pink.TABLE
     files = {path for path in INPUTS.rglob("*") if path.is_file()}
     assert {INPUTS / name for name in drawn} | {table} == files
     assert table.read_text(encoding="utf-8") == pink.table(pink.clips())
     for name, frames in drawn.items():
-        if name.endswith(".png"):
+        if name.endswith((".png", ".webp")):
             with Image.open(INPUTS / name) as picture:
-                assert numpy.array_equal(numpy.array(picture), (frames[0] * 255).round()), name
+                for number, frame in enumerate(frames):
+                    picture.seek(number)
+                    found = numpy.array(picture.convert("RGBA"))[..., : frame.shape[-1]]
+                    assert numpy.array_equal(found, (frame * 255).round()), name
         else:
             found, _ = read_video(INPUTS / name)
             assert found.shape == frames.shape
@@ -80,8 +83,8 @@ def test_the_pictures_are_what_is_drawn():
 
 
 def test_every_model_has_an_example_that_shows_its_settings():
-    for name, row in BY_NAME.items():
-        workflow = read("api", "quickstart.json" if name == "WanTiny-T2V" else f"{name}.json")
+    for name, row in {"quickstart": BY_NAME["WanTiny-T2V"], **{row.name: row for row in PUBLISHED}}.items():
+        workflow = read("api", f"{name}.json")
         preset, sampler = row.preset, the(workflow, "WanFlowSampler")
         size = the(workflow, "WanFlowEmptyLatent")
         assert (size["width"], size["height"], size["num_frames"]) == (preset.width, preset.height, preset.num_frames)
@@ -92,9 +95,9 @@ def test_every_model_has_an_example_that_shows_its_settings():
         assert BY_NAME[loaded].files["dit"] == row.files["dit"]
 
 
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name != "WanTiny-T2V"])
-def test_an_example_gives_the_model_what_it_takes(name):
-    workflow, row = read("api", f"{name}.json"), BY_NAME[name]
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
+def test_an_example_gives_the_model_what_it_takes(row):
+    workflow = read("api", f"{row.name}.json")
     wanted = {NODES_OF_ADAPTERS[adapter] for adapter in row.adapters if adapter in NODES_OF_ADAPTERS}
     if "control" in row.adapters:
         wanted.discard("WanFlowImageToVideo")  # a control model can begin with an image, but need not
@@ -104,7 +107,7 @@ def test_an_example_gives_the_model_what_it_takes(name):
 
 
 def test_vace_and_video_to_video_are_shown_in_their_ways():
-    for model in (name for name, row in BY_NAME.items() if "vace" in row.adapters):
+    for model in (row.name for row in PUBLISHED if "vace" in row.adapters):
         ways = [set(the(read("api", f"{model}{end}.json"), "WanFlowVACE")) for end in ("", "-edit", "-reference")]
         given = [way & {"video", "mask", "reference_image"} for way in ways]
         assert given == [{"video", "reference_image"}, {"video", "mask"}, {"reference_image"}]

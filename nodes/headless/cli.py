@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a workflow", description="Run a workflow exported with "
                               "ComfyUI's Workflow > Export (API). Prints the path of each file it saves.")
     add_workflow(run)
+    run.add_argument("--tiny", action="store_true", help="run the workflow's twin in the toy world, which shows in "
+                     "seconds whether the graph works: the same nodes with WanTiny models, 64x64 pixels, toy pictures "
+                     "and a caption of them. The video that it saves opens in ComfyUI as this twin")
     run.add_argument("--models-dir", type=folder, metavar="FOLDER", help="where the model folders are (./models)")
     run.add_argument("--input-dir", type=folder, metavar="FOLDER", help="where images and videos are read (./input)")
     run.add_argument("--output-dir", type=Path, metavar="FOLDER", help="where results go (./output)")
@@ -107,6 +110,10 @@ def run_command(options: argparse.Namespace) -> int:
     from .runner import NodeError
 
     runner = all_nodes_runner()
+    if options.tiny:
+        from .twin import twin
+
+        workflow = twin(workflow)
     apply_settings(workflow, options.settings, runner.infos())
     check_writable(host.output_directory)
     stop_on_interrupt()
