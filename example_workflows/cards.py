@@ -25,7 +25,7 @@ def card(name: str, workflow: dict[str, Any], pictures: dict[str, np.ndarray]) -
             tile(paper, left, node["_meta"]["title"].partition(":")[0], pictures[file])
             left += TILE[0] + GAP
     if left > MARGIN:
-        draw_arrow(draw, left - GAP, left)
+        draw_arrow(draw, left - GAP, left, TILES_TOP + TILE[1] / 2)
     canvas = next(node["inputs"] for node in workflow.values() if node["class_type"] == "WanFlowEmptyLatent")
     size = f"{canvas['width']} x {canvas['height']}\n{canvas['num_frames']} frames"
     corner = left + TILE[0], TILES_TOP + TILE[1]
@@ -43,9 +43,9 @@ def tile(paper: Image.Image, left: int, label: str, frames: np.ndarray) -> None:
     ImageDraw.Draw(paper).text((left, TILES_TOP + TILE[1] + 5), label, FAINT, font(13))
 
 
-def draw_arrow(draw: ImageDraw.ImageDraw, start: int, end: int) -> None:
+def draw_arrow(draw: ImageDraw.ImageDraw, start: int, end: int, height: float) -> None:
     """From the last tile to the video, in the gap between them."""
-    height, tip = TILES_TOP + TILE[1] / 2, end - 6
+    tip = end - 6
     draw.line((start + 6, height, tip, height), FAINT, 2)
     draw.polygon(((tip, height), (tip - 7, height - 5), (tip - 7, height + 5)), FAINT)
 
