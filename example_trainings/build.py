@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..wan_core.loading.catalog import CATALOG, Row
+from ..wan_core.loading.catalog import PUBLISHED, Row
 
 FOLDER = Path(__file__).parent
-ROWS = [row for row in CATALOG if row.files["dit"].model_id]  # all but the one that is bundled
 DATA = "data/example_video_dataset"
 KINDS = ("dit", "motion_controller", "text_encoder", "vae", "image_encoder")  # whose files a training names
 LARGE = "14B"
@@ -41,7 +40,7 @@ Config = dict[str, dict[str, Any]]
 def configs() -> dict[str, str]:
     """The text of every file, by its path below this folder."""
     named = {}
-    for row in ROWS:
+    for row in PUBLISHED:
         for way in ("full", "lora"):
             named[f"{way}/{row.name}.toml"] = heading(row, way) + toml(config(row, way))
     return named

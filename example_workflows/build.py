@@ -47,9 +47,8 @@ TILES = {"tiled": False, "tile_size": "30x52", "tile_stride": "15x26"}
 def workflows() -> dict[str, dict[str, Any]]:
     """Every example by name, in API format: one a model, under the model's name, and what else it can do."""
     named = {"quickstart": text_to_video(catalog.BY_NAME[TOY], TOY_PROMPT)}
-    for row in catalog.CATALOG:
-        if row.name != TOY:
-            named |= examples(row)
+    for row in catalog.PUBLISHED:
+        named |= examples(row)
     named["video_to_video"] = video_to_video(catalog.BY_NAME["Wan2.1-T2V-1.3B"])
     named["quickstart_4_steps"] = few_steps(catalog.BY_NAME[TOY], DISTILLED, "Apply Wan LoRA", DISTILLED, TOY_PROMPT)
     named["few_steps"] = few_steps(catalog.BY_NAME["Wan2.1-T2V-14B"], "lightx2v 14B",

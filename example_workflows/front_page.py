@@ -39,7 +39,7 @@ def front_pages() -> dict[Path, str]:
 def table(head: str, language: int) -> str:
     """language: 0 for English, 1 for Chinese."""
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
-    for row in catalog.CATALOG:
+    for row in (catalog.BY_NAME["WanTiny-T2V"], *catalog.PUBLISHED):
         source, preset = row.files.get("motion_controller", row.files["dit"]), row.preset
         name = source.model_id or f"{row.name} {('(bundled)', '（内置）')[language]}"
         takes = JOINTS[language].join(TAKES[adapter][language] for adapter in row.adapters)

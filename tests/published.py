@@ -2,7 +2,7 @@
 
 import tokenizers
 import torch
-from comfyui_wanflow.wan_core.loading.catalog import CATALOG
+from comfyui_wanflow.wan_core.loading.catalog import PUBLISHED
 from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.embedders import MotionController
 from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoder, ImageEncoderLayout
@@ -12,7 +12,6 @@ from comfyui_wanflow.wan_core.models.vace import VACE, VACELayout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
 from safetensors.torch import save_file
 
-ROWS = [row for row in CATALOG if row.name != "WanTiny-T2V"]
 DIM, LAYERS = 128, 2
 
 
@@ -47,7 +46,7 @@ def parts_of(row):
 
 def write_models(folder):
     """The files of every published model below `folder`, each source once."""
-    for row in ROWS:
+    for row in PUBLISHED:
         parts = parts_of(row)
         for kind, source in row.files.items():
             path = folder / source.model_id / source.pattern.replace("*", "")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_wanflow.example_trainings.build import FOLDER, ROWS, configs
+from comfyui_wanflow.example_trainings.build import FOLDER, configs
 from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.headless.train_config import config_file, read_config
 from comfyui_wanflow.nodes.host import host
+from comfyui_wanflow.wan_core.loading.catalog import PUBLISHED
 from comfyui_wanflow.wan_core.video import read_video
 from published import write_models
 from safetensors.torch import load_file
@@ -47,7 +48,7 @@ def here(workplace, monkeypatch):
 def test_the_files_are_what_the_catalog_says():
     on_disk = {str(file.relative_to(FOLDER)): file.read_text() for file in FOLDER.rglob("*.toml")}
     assert on_disk == configs(), "run python -m comfyui_wanflow.example_trainings.build"
-    assert len(on_disk) == 2 * len(ROWS) == 38
+    assert len(on_disk) == 2 * len(PUBLISHED) == 38
 
 
 @pytest.mark.parametrize(

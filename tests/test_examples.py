@@ -10,9 +10,10 @@ import pytest
 import torch
 from comfyui_wanflow.nodes.headless.cli import main
 from comfyui_wanflow.nodes.host import host
+from comfyui_wanflow.wan_core.loading.catalog import PUBLISHED
 from comfyui_wanflow.wan_core.video import save_video
 from PIL import Image
-from published import ROWS, write_models
+from published import write_models
 
 API = Path(__file__).resolve().parents[1] / "example_workflows" / "api"
 EXAMPLES = sorted(path for path in API.glob("*.json") if path.stem != "quickstart")  # which test_text_to_video.py runs
@@ -61,7 +62,7 @@ def small(workflow, **settings):
 
 
 def test_every_model_has_an_example():
-    assert {row.name for row in ROWS} <= {workflow.stem for workflow in EXAMPLES}
+    assert {row.name for row in PUBLISHED} <= {workflow.stem for workflow in EXAMPLES}
 
 
 @pytest.mark.parametrize("workflow", EXAMPLES, ids=lambda path: path.stem)

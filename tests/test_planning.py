@@ -14,7 +14,7 @@ from comfyui_wanflow.nodes.headless.workflows import read_workflow
 from comfyui_wanflow.nodes.host import host
 from comfyui_wanflow.nodes.plan import Plan
 from comfyui_wanflow.wan_core.errors import InputError
-from comfyui_wanflow.wan_core.loading.catalog import CATALOG
+from comfyui_wanflow.wan_core.loading import catalog
 from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.outline import open_outline, published_layout
 from comfyui_wanflow.wan_core.models.dit import DiT
@@ -32,7 +32,6 @@ from comfyui_wanflow.wan_core.sampling.loop import Settings
 from torch.utils.flop_counter import FlopCounterMode
 
 MANIFEST = json.loads((Path(__file__).parent / "data" / "wan21_key_manifest.json").read_text())
-ROWS = [row for row in CATALOG if row.name != "WanTiny-T2V"]
 LATENT = (1, 16, 21, 60, 104)  # 480p, 81 frames
 PUBLISHED = {  # row -> the manifest's entries for its diffusion model
     "T2V-1.3B": "t2v-1.3b", "T2V-14B": "t2v-14b", "I2V-14B-480P": "i2v-or-inp-14b", "I2V-14B-720P": "i2v-or-inp-14b",
@@ -67,7 +66,7 @@ def manifest_shapes(entry):
     }
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", catalog.PUBLISHED, ids=lambda row: row.name)
 def test_the_outline_of_a_published_model_has_its_tensors(row):
     entries = PUBLISHED[row.name.replace("Wan2.1-", "")].split()
     outline = open_outline(row.name, "dit")
@@ -95,7 +94,7 @@ def test_the_work_is_what_torch_counts(name, monkeypatch):
     import comfyui_wanflow.wan_core.models.dit as dit
 
     monkeypatch.setattr(dit, "pad_text", lambda text: (text, None))
-    layout = replace(published_layout(next(row for row in ROWS if row.name == name)), layers=2)
+    layout = replace(published_layout(next(row for row in catalog.PUBLISHED if row.name == name)), layers=2)
     with torch.device("meta"):
         model = DiT(layout).requires_grad_(False)
         x, time, text = torch.empty(1, 16, 2, 16, 16), torch.empty(1), torch.empty(1, 512, 4096)
@@ -125,7 +124,7 @@ def model(name="Wan2.1-T2V-14B", device="cuda", **options):
     return load_model(open_outline(name, "dit"), device=device, **options)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", catalog.PUBLISHED, ids=lambda row: row.name)
 def test_every_model_fits_every_card_at_480p(row):
     """Whatever does not fit travels: the peak stays below the card's memory, for 14B models on 8 GB too."""
     phase = sampling_phase(model(row.name), LATENT, Settings(0))

@@ -1,4 +1,4 @@
-"""The published models, one row each. Only data: adding a model is adding a row.
+"""The published models and the toys, one row each. Only data: adding a model is adding a row.
 
 Facts: the model pages of Wan-AI, PAI, iic and DiffSynth-Studio on ModelScope; settings of the official inference code.
 """
@@ -89,8 +89,7 @@ def _row(model_id: str, files: dict[str, Source], adapters: tuple[str, ...] = ()
     return Row(model_id.split("/")[1], {"dit": Source(model_id, WEIGHTS)} | files, adapters, preset)
 
 
-CATALOG = (
-    Row("WanTiny-T2V", TINY, preset=TOY),
+PUBLISHED = (
     _row("Wan-AI/Wan2.1-T2V-1.3B", TEXT),
     _row("Wan-AI/Wan2.1-T2V-14B", TEXT),
     _row("Wan-AI/Wan2.1-I2V-14B-480P", IMAGE, ("image",), IMAGE_480P),
@@ -116,6 +115,7 @@ CATALOG = (
         ("speed",),
     ),
 )  # fmt: skip
+CATALOG = (Row("WanTiny-T2V", TINY, preset=TOY), *PUBLISHED)
 BY_NAME = {row.name: row for row in CATALOG}
 LORAS = {"WanTiny-T2V-4steps": Source("", "WanTiny-T2V-4steps.safetensors")}
 

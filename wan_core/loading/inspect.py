@@ -146,7 +146,7 @@ def dit_facts(checkpoint: Checkpoint) -> Iterable[Fact]:
     beside = "".join(f" + {count} {name}" for name, count in layout.concat.items())
     yield "input", f"{layout.in_dim} channels: {LATENT_CHANNELS} latent{beside}"
     yield "takes", ", ".join(["text", *taken(layout, vace)])
-    yield "published", fits(row for row in catalog.CATALOG if is_layout_of(row, layout, vace))
+    yield "published", fits(row for row in catalog.PUBLISHED if is_layout_of(row, layout, vace))
 
 
 def taken(layout: DiTLayout, vace: VACELayout | None) -> Iterable[str]:
@@ -165,8 +165,8 @@ def taken(layout: DiTLayout, vace: VACELayout | None) -> Iterable[str]:
 
 
 def is_layout_of(row: Row, layout: DiTLayout, vace: VACELayout | None) -> bool:
-    if not row.files["dit"].model_id or "motion_controller" in row.files:
-        return False  # the toy; and what runs on another model's weights
+    if "motion_controller" in row.files:
+        return False  # it runs on another model's weights
     return ("vace" in row.adapters) == bool(vace) and published_layout(row) == layout
 
 

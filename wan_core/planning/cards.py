@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..loading.catalog import CATALOG, Row
+from ..loading.catalog import PUBLISHED, Row
 from ..loading.load import load_model
 from ..loading.outline import published_layout, published_outline
 from ..model import WanModel
@@ -66,9 +66,8 @@ def page() -> str:
 def groups() -> list[tuple[str, list[Row]]]:
     """Published models of the same shape together, with their names."""
     found: dict[tuple, list[Row]] = {}
-    for row in CATALOG:
-        if row.files["dit"].model_id:
-            found.setdefault((published_layout(row), "vace" in row.adapters), []).append(row)
+    for row in PUBLISHED:
+        found.setdefault((published_layout(row), "vace" in row.adapters), []).append(row)
     return [(", ".join(row.name.replace("Wan2.1-", "") for row in rows), rows) for rows in found.values()]
 
 
