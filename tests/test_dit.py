@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_wanflow.wan_core.adapters.vace import VACEResiduals
-from comfyui_wanflow.wan_core.errors import InputError, ModelError
-from comfyui_wanflow.wan_core.models import attention as attention_module
+from comfyui_wanflow.wan_core.errors import ModelError
 from comfyui_wanflow.wan_core.models import blocks
 from comfyui_wanflow.wan_core.models import dit as dit_module
-from comfyui_wanflow.wan_core.models.attention import attention, check_backend
 from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.embedders import MotionController
 from comfyui_wanflow.wan_core.models.layout import CONCAT, DiTLayout
@@ -421,42 +419,3 @@ def test_fresh_weights_are_ready_for_training():
     assert dit(x, timestep, text).abs().max() == 0  # the head starts at nothing, the rest does not
     assert all(block.ffn[0].weight.std() > 0 and block.modulation.std() > 0 for block in dit.blocks)
     assert torch.isfinite(torch.cat([p.flatten() for p in dit.parameters()])).all()
-
-
-# ---- attention --------------------------------------------------------------------------------------------------
-
-
-def test_attention_is_the_formula():
-    q, k, v = torch.randn(2, 5, 3, 16), torch.randn(2, 7, 3, 16), torch.randn(2, 7, 3, 16)
-    bias = torch.randn(7)
-    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / 4 + bias
-    expected = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
-    torch.testing.assert_close(attention(q, k, v, bias), expected)
-
-
-def test_optional_kernels_are_called_where_they_fit(monkeypatch):
-    q = torch.randn(1, 5, 2, 16)
-    monkeypatch.setattr(attention_module, "_kernel", lambda name: lambda q, k, v: name)
-    monkeypatch.setattr(attention_module, "fits_packages", lambda q: True)
-    assert attention(q, q, q, backend="flash2") == "flash2"
-    plain = attention(q, q, q, backend="sdpa")
-    torch.testing.assert_close(attention(q, q, q, torch.zeros(5), backend="flash2"), plain)  # it knows no bias
-
-
-def test_a_kernel_that_does_not_fit_is_replaced_and_said_once(caplog):
-    attention_module._say_refused.cache_clear()
-    q = torch.randn(1, 5, 2, 16)
-    for _ in range(2):
-        torch.testing.assert_close(attention(q, q, q, backend="sage"), attention(q, q, q))
-    assert [record.getMessage() for record in caplog.records] == [
-        "The attention backend 'sage' does not know float32 on cpu: 'sdpa' is used instead."
-    ]
-
-
-def test_backends_that_cannot_be_used_are_named(monkeypatch):
-    monkeypatch.setattr(attention_module, "_kernel", lambda name: None)
-    assert check_backend("auto") == "auto"
-    with pytest.raises(InputError, match="no attention backend 'flash9'.*sdpa"):
-        check_backend("flash9")
-    with pytest.raises(InputError, match="'sage' is not installed"):
-        check_backend("sage")

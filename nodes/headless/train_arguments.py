@@ -99,7 +99,7 @@ MODEL = (
     Argument("redirect_common_files", bool, True, "take text encoder, VAE and image encoder, which all repositories "
              "share, from one of them"),
     Argument("weight_dtype", str, "auto", "the type to keep the model's weights in (fp8 for a LoRA on a large model)"),
-    Argument("attention", str, "auto", "the attention backend: auto, sdpa, flash2, flash3"),
+    Argument("attention", str, "auto", "the attention backend: auto (torch's own here), sdpa, cudnn, flash2, flash3"),
     Argument("rest_on", str, "disk", "where weights wait that are not on the card", ("cpu", "disk")),
     Argument("vram_limit_gb", float, 0.0, "how much of the card's memory may be in use; what of a LoRA's base model "
              "does not fit travels to the card block by block (default: all)"),

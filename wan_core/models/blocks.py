@@ -32,7 +32,7 @@ class Step(NamedTuple):
     image: Tensor | None  # (b, m, dim)
     modulation: Tensor  # (b, 6, dim) fp32
     rope: Tensor  # (tokens, 1, head_dim / 2) complex64
-    backend: str  # of attention, see attention.py
+    backend: str  # of attention, as `trials.chosen` names it
     tokens: int  # of the whole video, of which a process may have a part
     attend: Callable[..., Tensor]  # from the video to the video
     split: Callable[[Tensor], Tensor]  # (b, tokens, dim) -> those of this process

@@ -29,6 +29,7 @@ from .layers import GELU, Conv2d, Linear
 from .layout import LATENT_CHANNELS, PATCH, DiTLayout
 from .rope import rope_table
 from .slots import Run, Slots
+from .trials import chosen
 
 TEXT_ROWS = 512  # what the published models attend to: shorter texts are followed by zero rows
 
@@ -124,15 +125,16 @@ class DiT(nn.Module):
         x = prepend(channels_last(slots.prefix_tokens), x)
         grid = x.shape[1:4]
         tokens, parallel = math.prod(grid), run.parallel
+        backend = chosen(run.attention, x.device, dtype)
         step = Step(
             text=once(run.kept, self.text_embedding, lambda: self.text_embedding(rows.to(dtype))),
             text_bias=text_bias,
             image=None if slots.context_prefix is None else slots.context_prefix.to(dtype),
             modulation=modulation,
             rope=parallel.split(rope_table(*grid, self.layout.dim // self.layout.heads, x.device), dim=0),
-            backend=run.attention,
+            backend=backend,
             tokens=tokens,
-            attend=functools.partial(parallel.attend, tokens=tokens, backend=run.attention),
+            attend=functools.partial(parallel.attend, tokens=tokens, backend=backend),
             split=parallel.split,
             kept=run.kept,
         )
