@@ -51,7 +51,7 @@ ALONE = {
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors":
         "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
     "speedcontrol/model.safetensors": f"Speed/{MODEL}",
-    "WanTiny-T2V-4steps.safetensors": "WanTiny-T2V-4steps.safetensors",
+    "WanTiny-T2V-4steps.safetensors": "fewstep/WanTiny-T2V-4steps.safetensors",
 }  # fmt: skip
 TOKENIZER = "google/umt5-xxl"
 
