@@ -288,7 +288,7 @@ class LateLane(Lane):
 
     def send(self, unit, buffer):
         assert buffer is not self.reading, "written over while it was read"
-        buffer.flat.fill_(255)  # NaN in every type
+        buffer.flat.bytes.fill_(255)  # NaN in every type
         self.under_way[buffer] = unit
 
     def wait(self, buffer):

@@ -12,16 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .units import Unit, frozen
+from .units import Flat, Unit
 
 
 @dataclass(eq=False)
 class Buffer:
     """One place on the device."""
 
-    flat: Tensor  # uint8
+    flat: Flat
     unit: Unit | None = None  # whose copies it holds, or will when they have arrived
 
 
@@ -34,13 +34,13 @@ class Lane:
 
     def buffer(self, span: int) -> Buffer:
         """A new place for so many bytes."""
-        return Buffer(torch.empty(span, dtype=torch.uint8, device=self.device))
+        return Buffer(Flat(torch.empty(span, dtype=torch.uint8, device=self.device)))
 
     def send(self, unit: Unit, buffer: Buffer) -> None:
         """Begin to fill the buffer, when the last call that reads it is over."""
         self.pack(unit, buffer.flat)
 
-    def pack(self, unit: Unit, flat: Tensor) -> None:
+    def pack(self, unit: Unit, flat: Flat) -> None:
         if self.remember:
             unit.remember()
         unit.pack(flat)
@@ -57,7 +57,7 @@ class Lane:
 
 @dataclass(eq=False)
 class CudaBuffer(Buffer):
-    pinned: Tensor | None = None  # what it is filled from
+    pinned: Flat | None = None  # what it is filled from
     sent: Future | None = None
     arrived: torch.cuda.Event | None = None
     read: torch.cuda.Event | None = None  # by the last call
@@ -72,7 +72,8 @@ class CudaLane(Lane):
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="WanFlow weights")
 
     def buffer(self, span: int) -> CudaBuffer:
-        buffer = CudaBuffer(super().buffer(span).flat, pinned=torch.empty(span, dtype=torch.uint8, pin_memory=True))
+        pinned = Flat(torch.empty(span, dtype=torch.uint8, pin_memory=True))
+        buffer = CudaBuffer(super().buffer(span).flat, pinned=pinned)
         buffer.read = torch.cuda.current_stream(self.device).record_event()  # the memory may be in use there till now
         return buffer
 
@@ -85,7 +86,7 @@ class CudaLane(Lane):
         self.pack(unit, buffer.pinned)
         with torch.inference_mode(False), torch.cuda.stream(self.stream):
             self.stream.wait_event(buffer.read)
-            buffer.flat[: unit.span].copy_(buffer.pinned[: unit.span], non_blocking=True)
+            buffer.flat.bytes[: unit.span].copy_(buffer.pinned.bytes[: unit.span], non_blocking=True)
             buffer.arrived = self.stream.record_event()
 
     def wait(self, buffer: CudaBuffer) -> None:
@@ -134,8 +135,7 @@ class Conveyor:
         self.read = buffer
         if keep:
             self.buffers.remove(buffer)
-        with torch.inference_mode(False):
-            return [frozen(view) for view in unit.views(buffer.flat)]
+        return buffer.flat.of(unit.form)
 
     def done(self, unit: Unit, failed: bool = False) -> None:
         """The call is over (on CUDA: under way): send what will be asked for next; after a failure nobody knows."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 256  # bytes; every kernel's loads are satisfied with it
+Form = tuple[tuple[int, torch.dtype, torch.Size], ...]  # of the copies: first byte, type, shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +30,28 @@ class Place:
 
 
 @dataclass(eq=False)
+class Flat:
+    """Memory in which a unit's copies lie one after the other, now of this unit, now of that."""
+
+    bytes: Tensor  # uint8
+    parts: dict[Form, list[nn.Parameter]] = field(default_factory=dict)
+
+    def of(self, form: Form) -> list[nn.Parameter]:
+        """The memory as parameters. Blocks are mostly alike, so that few have to be made."""
+        if form not in self.parts:
+            with torch.inference_mode(False):
+                self.parts[form] = [
+                    frozen(self.bytes[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+                    for begin, dtype, shape in form
+                ]
+        return self.parts[form]
+
+
+@dataclass(eq=False)
 class Unit:
     """The parameters that one module's call needs.
 
-    copies: the resident ones, in the order of `places`; memory: a flat buffer that holds what is stored in main memory,
+    copies: the resident ones, in the order of `places`; memory: what is stored, one after the other, in main memory,
     where the parameters themselves are parts of a file.
     """
 
@@ -59,29 +79,25 @@ class Unit:
         with torch.inference_mode(False), torch.no_grad():
             return [frozen(place.stored.to(device, place.dtype)) for place in self.places]
 
-    def views(self, buffer: Tensor) -> list[Tensor]:
-        """The copies as parts of a flat buffer, a tensor of at least `span` bytes."""
-        return [
-            buffer[place.offset : place.offset + place.bytes].view(place.dtype).view(place.stored.shape)
-            for place in self.places
-        ]
+    @cached_property
+    def form(self) -> Form:
+        return tuple((place.offset, place.dtype, place.stored.shape) for place in self.places)
 
-    def pack(self, buffer: Tensor) -> None:
-        """Write all copies into a flat buffer."""
+    def pack(self, flat: Flat) -> None:
+        """Write all copies into memory of at least `span` bytes."""
         with torch.no_grad():
             if self.memory is not None:
-                buffer[: self.span].copy_(self.memory)
-                return
-            for place, view in zip(self.places, self.views(buffer), strict=True):
-                view.copy_(place.stored)
+                flat.bytes[: self.span].copy_(self.memory)
+            else:
+                torch._foreach_copy_(flat.of(self.form), [place.stored for place in self.places])
 
     def remember(self) -> None:
         """Read the parameters into main memory, once."""
         if self.memory is None:
             with torch.inference_mode(False):
-                memory = torch.empty(self.span, dtype=torch.uint8)
-                self.pack(memory)
-            self.memory = memory
+                flat = Flat(torch.empty(self.span, dtype=torch.uint8))
+                self.pack(flat)
+            self.memory = flat.bytes
 
     def put(self, copies: list[nn.Parameter]) -> None:
         """Let the layers compute with these."""
