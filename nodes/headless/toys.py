@@ -96,7 +96,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "WanFlowLoadImageEncoder": {"image_encoder": "WanTiny-I2V", "files": ""},
     "WanFlowEmptyLatent": {"width": PRESET.width, "height": PRESET.height, "num_frames": PRESET.num_frames},
     "WanFlowFewSteps": {"preset": DISTILLED},
-    "WanFlowSampler": {"steps": at_most(PRESET.steps), "cfg": guided, "shift": PRESET.shift},
+    "WanFlowSampler": {"steps": at_most(PRESET.steps), "cfg": guided, "shift": at_most(PRESET.shift)},
     "WanFlowCamera": {"speed": lively},
     "WanFlowLoadVideo": CLIP,
     "WanFlowSaveVideo": SAVED,
