@@ -1,41 +1,35 @@
-"""Loading a checkpoint of 2 GB: `python benchmarks/loading.py [--rounds N] [--folder FOLDER]`.
+"""Loading a checkpoint of 2 GB: as it is (C6), and into 8-bit floats (C7).
 
 Every way runs in a process of its own: it loads, then reads a number of each page of memory, as a first run would. The
 processes are copies of one that has imported everything and loaded a tiny model each way, so that only loading counts.
-Writes results/loading.json (every sample) and results/loading.md (medians). The test files stay in FOLDER (4 GB, by
-default in the system's temporary folder) and are used again.
+The test files stay in the setting's folder (4 GB, by default in the system's temporary folder) and are used again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import astuple, replace
 from pathlib import Path
 
+import contestants
 import torch
 from comfyui_wanflow.wan_core.loading.keymaps import published_names
 from comfyui_wanflow.wan_core.loading.load import load_model
 from comfyui_wanflow.wan_core.loading.mapped import open_safetensors
 from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.layout import DiTLayout
-from contestants import randomise
-from diffusers import WanTransformer3DModel
-from measure import memory_mb
-from run import machine
+from measure import CPU, OURS, Result, Sample, Workload, measure, memory_mb, summed_up
 from safetensors.torch import save_file
+from setting import Setting
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-LARGE = DiTLayout(dim=1536, ffn_dim=8960, layers=21, heads=12)  # of the 1.3B model's width: 2.0 GB in bf16
 TINY = DiTLayout(dim=128, ffn_dim=128, layers=1, heads=1)
+LAYERS = 21  # of the 1.3B model's width: 2.0 GB in bf16
 PAGE = 4096
-COLUMNS = ("load_cpu", "touch_cpu", "load_seconds", "touch_seconds", "peak_mb", "anonymous_mb")
+FP8 = torch.float8_e4m3fn
+BARE = "bare mmap and assign"
 
 
 class Files:
@@ -47,9 +41,9 @@ class Files:
             self.write()
 
     def write(self) -> None:
-        ours = DiT(self.layout)
-        randomise(ours, seed=0)
-        weights = {name: tensor.to(torch.bfloat16) for name, tensor in ours.state_dict().items()}
+        from diffusers import WanTransformer3DModel
+
+        weights = contestants.random_dit(self.layout, torch.bfloat16).state_dict()
         with torch.device("meta"):
             theirs = WanTransformer3DModel(
                 num_attention_heads=self.layout.heads, ffn_dim=self.layout.ffn_dim, num_layers=self.layout.layers
@@ -81,68 +75,94 @@ def bare_mmap(files: Files) -> nn.Module:
     return module
 
 
-def wanflow(files: Files) -> nn.Module:
-    return load_model(files.published, device="cpu").module
-
-
-def wanflow_fp16(files: Files) -> nn.Module:
-    """Another type than the file's: one tensor after the other."""
-    return load_model(files.published, "fp16", device="cpu").module
+def ours(weight_dtype: str) -> Callable[[Files], nn.Module]:
+    return lambda files: load_model(files.published, weight_dtype, device="cpu").module
 
 
 def diffusers_folder(files: Files) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
     return WanTransformer3DModel.from_pretrained(files.diffusers, torch_dtype=torch.bfloat16)
 
 
 def diffusers_file(files: Files) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
     return WanTransformer3DModel.from_single_file(
         str(files.published), config=str(files.diffusers), torch_dtype=torch.bfloat16, local_files_only=True
     )
 
 
-WAYS: dict[str, Callable[[Files], nn.Module]] = {
-    "bare mmap and assign": bare_mmap,
-    "wanflow": wanflow,
-    "wanflow, to fp16": wanflow_fp16,
-    "diffusers from_pretrained": diffusers_folder,
+def diffusers_fp8(files: Files) -> nn.Module:
+    model = diffusers_folder(files)
+    model.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=torch.bfloat16)
+    return model
+
+
+def diffsynth(dtype: torch.dtype) -> Callable[[Files], nn.Module]:
+    def load(files: Files) -> nn.Module:
+        network = contestants.import_diffsynth("diffsynth.models.wan_video_dit").WanModel
+        loader = contestants.import_diffsynth("diffsynth.core.loader.model")
+        arguments = contestants.diffsynth_arguments(files.layout)
+        return loader.load_model(network, str(files.published), arguments, torch_dtype=dtype)
+
+    return load
+
+
+def comfyui(dtype: torch.dtype) -> Callable[[Files], nn.Module]:
+    """As its loader does, once it knows what it has."""
+
+    def load(files: Files) -> nn.Module:
+        weights = contestants.import_comfyui("comfy.utils").load_torch_file(str(files.published))
+        model = contestants.empty_comfyui_dit(files.layout, dtype, CPU).to_empty(device=CPU)
+        model.load_state_dict(weights)
+        return model
+
+    return load
+
+
+Ways = dict[str, Callable[[Files], nn.Module]]
+AS_IT_IS: Ways = {
+    OURS: ours("auto"),
+    BARE: bare_mmap,
+    "diffusers": diffusers_folder,
     "diffusers from_single_file": diffusers_file,
+    "diffsynth": diffsynth(torch.bfloat16),
+    "comfyui": comfyui(torch.bfloat16),
 }
-
-
-def touch(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        numbers = parameter.detach().view(-1)
-        numbers[:: PAGE // numbers.element_size()].float().sum()
+INTO_FP8: Ways = {
+    OURS: ours("fp8_e4m3fn_cast"),
+    "diffusers": diffusers_fp8,
+    "diffsynth": diffsynth(FP8),
+    "comfyui": comfyui(FP8),
+}
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def run_way(way: Callable[[Files], nn.Module], files: Files) -> dict[str, float]:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    resident, anonymous = memory_mb("VmRSS"), memory_mb("RssAnon")
-    begun = time.perf_counter(), time.process_time()
-    module = way(files)
-    loaded = time.perf_counter(), time.process_time()
-    touch(module)
-    touched = time.perf_counter(), time.process_time()
-    return {
-        "load_seconds": loaded[0] - begun[0],
-        "load_cpu": loaded[1] - begun[1],
-        "touch_seconds": touched[0] - loaded[0],
-        "touch_cpu": touched[1] - loaded[1],
-        "peak_mb": memory_mb("VmHWM") - resident,
-        "anonymous_mb": memory_mb("RssAnon") - anonymous,
-    }
+def touch(module: nn.Module) -> None:
+    """Read a number of each page."""
+    for parameter in module.parameters():
+        numbers = parameter.detach().view(-1)
+        numbers[:: PAGE // numbers.element_size()].float().sum()
 
 
-def sample(way: Callable[[Files], nn.Module], files: Files) -> dict[str, float]:
-    """What `run_way` finds in a copy of this process."""
+def size_of_all(module: nn.Module) -> float:
+    """A number that tells whether two ways loaded the same."""
+    return sum(parameter.detach().float().abs().sum(dtype=torch.float64).item() for parameter in module.parameters())
+
+
+def in_a_copy(work: Callable[[], list]) -> list:
+    """What `work` finds in a copy of this process."""
     answer, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(tell, json.dumps(run_way(way, files)).encode())
-        os._exit(0)
+        status = 1
+        try:
+            status = os.write(tell, json.dumps(work()).encode()) == 0
+        finally:
+            os._exit(status)
     os.close(tell)
     with os.fdopen(answer) as told:
         text = told.read()
@@ -150,60 +170,60 @@ def sample(way: Callable[[Files], nn.Module], files: Files) -> dict[str, float]:
     return json.loads(text)
 
 
-def measured(files: Files, rounds: int) -> dict[str, list[dict]]:
-    """Samples of each way, in turn: one that reads from the disk, then `rounds` with the files in memory."""
-    samples: dict[str, list[dict]] = {name: [] for name in WAYS}
-    for number in range(rounds + 1):
-        for name, way in WAYS.items():
-            if number == 0:
+def timed(way: Callable[[Files], nn.Module], files: Files) -> list:
+    """What loading and reading takes, and how much anonymous memory is held then."""
+    held, anonymous = [], memory_mb("RssAnon")
+
+    def load() -> None:
+        held.append(way(files))
+        touch(held[0])
+
+    return [*astuple(measure(load)), memory_mb("RssAnon") - anonymous]
+
+
+def check(ways: Ways, files: Files, tolerance: float) -> dict[str, float]:
+    """By how much what each way loads differs from what ours does."""
+    sizes = {name: in_a_copy(lambda way=way: [size_of_all(way(files))])[0] for name, way in ways.items()}
+    errors = {name: abs(size / sizes[OURS] - 1) for name, size in sizes.items()}
+    if max(errors.values()) > tolerance:
+        raise SystemExit(f"Not the same was loaded: {errors}. There is nothing to compare.")
+    return errors
+
+
+def raced(ways: Ways, setting: Setting, tolerance: float, cold: bool = False) -> tuple[list[Result], dict[str, float]]:
+    """Medians of all ways in turn, and the anonymous memory of each. cold: each time from the disk."""
+    for way in ways.values():
+        touch(way(Files(setting.folder / "tiny", TINY)))
+    files = Files(setting.folder / ("toy" if setting.toy else "large"), setting.layout("1.3B", LAYERS))
+    errors = check(ways, files, tolerance)
+    samples: dict[str, list[Sample]] = {name: [] for name in ways}
+    anonymous = dict.fromkeys(ways, 0.0)
+    for _ in range(setting.rounds):
+        for name, way in ways.items():
+            if cold:
                 files.forget()
-            samples[name].append(sample(way, files))
-            print(name, {column: round(value, 3) for column, value in samples[name][-1].items()}, flush=True)
-    return samples
+            *sample, held = in_a_copy(lambda way=way: timed(way, files))
+            samples[name].append(Sample(*sample))
+            anonymous[name] = max(anonymous[name], held)
+    return [summed_up(name, runs, errors[name]) for name, runs in samples.items()], anonymous
 
 
-def markdown(facts: dict[str, str], samples: dict[str, list[dict]], size: float) -> str:
-    lines = [
-        ", ".join(f"{name} {value}" for name, value in facts.items()) + f". The file has {size:.0f} MB.",
-        "",
-        "| way | load CPU s | first touch CPU s | both | ratio to bare mmap | both, wall s | from the disk, wall s "
-        "| peak memory MB | of the file | anonymous MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+def present(ways: Ways) -> Ways:
+    missing = {library for library in contestants.PEERS if not contestants.installed(library)}
+    return {name: way for name, way in ways.items() if name.split()[0] not in missing}
+
+
+def c6(setting: Setting) -> list[Workload]:
+    ways, name = present(AS_IT_IS), "Load 2 GB in bf16 and read it"
+    warm, anonymous = raced(ways, setting, tolerance=1e-6)
+    results = [replace(result, peak_mb=anonymous[result.library]) for result in warm]
+    cold, _ = raced(ways, setting, tolerance=1e-6, cold=True)
+    return [
+        Workload(f"{name}, anonymous memory", results, target=1.2, aim=1.0, against=(BARE,)),
+        Workload(f"{name}, from the disk", cold, target=1.2, aim=1.0, against=(BARE,), time="seconds"),
     ]
-    middle = {
-        name: {column: statistics.median(run[column] for run in runs[1:]) for column in COLUMNS}
-        for name, runs in samples.items()
-    }
-    cpu = {name: values["load_cpu"] + values["touch_cpu"] for name, values in middle.items()}
-    for name, values in middle.items():
-        lines.append(
-            f"| {name} | {values['load_cpu']:.3f} | {values['touch_cpu']:.3f} | {cpu[name]:.3f} "
-            f"| {cpu[name] / cpu['bare mmap and assign']:.2f} | {wall(values):.2f} | {wall(samples[name][0]):.2f} "
-            f"| {values['peak_mb']:.0f} | {values['peak_mb'] / size:.2f} | {values['anonymous_mb']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
-def wall(run: dict[str, float]) -> float:
-    return run["load_seconds"] + run["touch_seconds"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wanflow-loading")
-    arguments = parser.parse_args()
-    tiny, large = Files(arguments.folder / "tiny", TINY), Files(arguments.folder, LARGE)
-    for way in WAYS.values():
-        touch(way(tiny))
-    facts, size = machine(), large.published.stat().st_size / 2**20
-    samples = measured(large, arguments.rounds)
-    table = markdown(facts, samples, size)
-    print(table)
-    (HERE / "results" / "loading.md").write_text(table)
-    kept = {"machine": facts, "layout": asdict(LARGE), "file_mb": size, "samples": samples}
-    (HERE / "results" / "loading.json").write_text(json.dumps(kept, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def c7(setting: Setting) -> list[Workload]:
+    results, _ = raced(present(INTO_FP8), setting, tolerance=1e-2)
+    return [Workload("Load 2 GB of bf16 into fp8", results, target=1.0)]

@@ -1,93 +1,105 @@
-"""Race WanFlow against its peers on the CPU: `python benchmarks/run.py [dit|vae|training ...] [--rounds N]`.
+"""Race WanFlow against its peers: `python benchmarks/run.py cpu`, `gpu`, `all`, or rows by their names (C3 G1 …).
 
-Writes results/TABLE.json (every sample) and results/TABLE.md (medians and ratios).
+    --rounds N    how often each contestant is measured (3)
+    --toy         tiny networks, on the processor, nothing is kept: to see that the rows work
+    --folder      where checkpoints are put, and used again
+
+Each row runs in a process of its own, all of its contestants in that one, in turn. Writes results/cpu.json or gpu.json
+(every sample), the tables beside them, and what README.md and docs/speed.md show of them (see report.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
+import importlib
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
-import contestants
-import torch
-from comfyui_wanflow.wan_core.compute import compute_dtype
-from measure import HERE, Result, git, processor, race
-from training import training_table
+import report
+from measure import HERE, git, processor
 
-
-def dit_table(rounds: int) -> list[Result]:
-    """The 1.3B model's width, 1560 tokens (one 480 x 832 frame), 512 text tokens."""
-    found = race("DiT, 2 layers, fp32", contestants.dit(2, (1, 60, 104), 512, torch.float32), rounds)
-    # 16-bit weights: the peers compute in their type, WanFlow in the one that this processor is fast in
-    narrow = contestants.dit(1, (1, 60, 104), 512, torch.bfloat16)
-    return found + race("DiT, 1 layer, bf16 weights", narrow, rounds, tolerance=3e-2)
+SUITES = {"cpu": ("C1", "C2", "C2b", "C3", "C4", "C5", "C6", "C7", "C8", "C9")}
+SOURCES = "wan_core", "benchmarks"
+# As on a processor without products in bf16: what was found out about this one is not asked for.
+ENVIRONMENT = {"C2b": {"ONEDNN_MAX_CPU_ISA": "AVX2", "WANFLOW_COMPUTE_DTYPE": "float32"}}
 
 
-def vae_table(rounds: int) -> list[Result]:
-    """The published width, fp32."""
-    results = []
-    for frames, size in ((5, 128), (1, 256)):
-        encode, decode = contestants.vae(frames, size, size)
-        results += race(f"VAE encode {frames} x {size} x {size}", encode, rounds)
-        results += race(f"VAE decode {frames} x {size} x {size}", decode, rounds)
-    return results
+def facts(device: str) -> dict[str, str]:
+    """What one has to know to believe the numbers."""
+    import contestants
+    import torch
+    from comfyui_wanflow.wan_core.compute import compute_dtype
 
-
-TABLES = {"dit": dit_table, "vae": vae_table, "training": training_table}
-
-
-def machine() -> dict[str, str]:
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", HERE, HERE.parent / "wan_core" / "models")
-    versions = {name: importlib.metadata.version(name) for name in contestants.LIBRARIES if contestants.installed(name)}
-    return {
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *(HERE.parent / name for name in SOURCES))
+    found = {
         "date": datetime.date.today().isoformat(),
         "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
         "processor": processor(),
         "threads used": str(torch.get_num_threads()),
         "type chosen for bf16 weights": str(compute_dtype("cpu")).removeprefix("torch."),
-        "load average": " ".join(f"{load:.1f}" for load in os.getloadavg()),
-        "torch": torch.__version__,
-        **versions,
     }
+    if device == "cuda":
+        found = {name: found[name] for name in ("date", "commit", "processor")}
+        found |= {"card": torch.cuda.get_device_name(), "cuDNN": str(torch.backends.cudnn.version())}
+    versions = {name: contestants.version(name) for name in contestants.present()}
+    return found | {"load average": f"{os.getloadavg()[0]:.1f}", "torch": torch.__version__, **versions}
 
 
-def markdown(facts: dict[str, str], results: list[Result]) -> str:
-    """A table of medians; ratios are against the fastest peer's (smallest, for memory)."""
-    lines = [
-        ", ".join(f"{name} {value}" for name, value in facts.items()) + ".",
-        "",
-        "| workload | library | CPU s | ratio | wall s | peak memory MB | ratio | relative difference |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        peers = [r for r in results if r.workload == result.workload and r.library != "wanflow"]
-        best = [min((getattr(r, name) for r in peers), default=float("nan")) for name in ("cpu_seconds", "peak_mb")]
-        lines.append(
-            f"| {result.workload} | {result.library} | {result.cpu_seconds:.2f} | {result.cpu_seconds / best[0]:.2f} "
-            f"| {result.seconds:.2f} | {result.peak_mb:.0f} | {result.peak_mb / best[1]:.2f} | {result.error:.0e} |"
-        )
-    return "\n".join(lines) + "\n"
+def measured(row: str, options: argparse.Namespace) -> dict:
+    """In this process: a row's facts and workloads, or the reason why there are none."""
+    import torch
+    from setting import Setting
+
+    suite = suite_of(row)
+    if suite == "gpu" and not (options.toy or torch.cuda.is_available()):
+        return {"skipped": "there is no CUDA card here"}
+    device = "cuda" if suite == "gpu" and not options.toy else "cpu"
+    setting = Setting(torch.device(device), options.rounds, options.toy, options.folder)
+    workloads = importlib.import_module(suite).ROWS[row](setting)
+    return {"facts": facts(device), "workloads": [asdict(workload) for workload in workloads]}
+
+
+def suite_of(row: str) -> str:
+    return next(suite for suite, rows in SUITES.items() if row in rows)
+
+
+def in_a_process(row: str, options: argparse.Namespace) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        into = Path(folder) / "row.json"
+        command = [sys.executable, str(HERE / "run.py"), row, "--into", str(into), "--rounds", str(options.rounds)]
+        command += ["--folder", str(options.folder), *(["--toy"] if options.toy else [])]
+        done = subprocess.run(command, env=os.environ | ENVIRONMENT.get(row, {}))
+        return json.loads(into.read_text()) if done.returncode == 0 else {"skipped": f"failed ({done.returncode})"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tables", nargs="*", metavar="dit|vae|training", help="which to run; all if none is named")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = [row for suite in SUITES.values() for row in suite]
+    parser.add_argument("rows", nargs="+", choices=["all", *SUITES, *rows], metavar="cpu|gpu|all|ROW")
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    for name in arguments.tables or TABLES:
-        results = TABLES[name](arguments.rounds)
-        facts = machine()
-        table = markdown(facts, results)
-        print(table, flush=True)
-        kept = {"machine": facts, "results": [asdict(result) for result in results]}
-        folder = HERE / "results"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.md").write_text(table)
-        (folder / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wanflow-benchmarks")
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.into:
+        options.into.write_text(json.dumps(measured(options.rows[0], options)))
+        return
+    for row in rows:
+        if not {"all", suite_of(row), row} & set(options.rows):
+            continue
+        found = in_a_process(row, options)
+        if "skipped" in found:
+            print(f"{row} is left out: {found['skipped']}.", flush=True)
+            continue
+        print(report.table({row: found}), flush=True)
+        if not options.toy:
+            report.keep(suite_of(row), row, found)
 
 
 if __name__ == "__main__":

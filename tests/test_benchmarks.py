@@ -1,8 +1,11 @@
 """The measuring itself: contestants run in turn, equal results are a condition, memory and time are counted."""
 
+import importlib
 import importlib.util
 import sys
 import time
+import xml.etree.ElementTree as ET
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,51 @@ def test_streaming_says_that_it_needs_a_card(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["streaming.py"])
     with pytest.raises(SystemExit, match="There is no CUDA card here"):
         load("streaming", monkeypatch).main()
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """The benchmarks' modules, found as their scripts find each other."""
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(FILE.parent) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_operations_are_those_that_were_counted(suite):
+    """Published sizes: tera-operations of a forward, and of the VAE's encoder and decoder."""
+    floors, setting = suite("floors"), suite("setting").Setting(torch.device("cpu"), 1)
+    for model, tokens, expected in (("1.3B", 32760, 283.0), ("14B", 32760, 1678.4), ("14B", 75600, 6523.4)):
+        assert floors.dit_operations(setting.layout(model), tokens) / 1e12 == pytest.approx(expected, abs=0.05)
+    assert floors.vae_operations(81, 720, 1280)[0] / 1e12 == pytest.approx(381.7, abs=0.05)
+    assert floors.vae_operations(81, 720, 1280)[1] / 1e12 == pytest.approx(639.2, abs=0.05)
+
+
+@pytest.mark.parametrize("row", ["C1", "C5", "C8"])
+def test_a_row_is_measured_and_told(suite, monkeypatch, tmp_path, row):
+    report, setting = suite("report"), suite("setting").Setting(torch.device("cpu"), 1, toy=True, folder=tmp_path)
+    workloads = suite("cpu").ROWS[row](setting)
+    assert all(workload.found > 0 and workload.ours.cpu_seconds > 0 for workload in workloads)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- cpu: written by benchmarks/report.py -->\nold\n<!-- end of cpu -->\nafter\n")
+    (tmp_path / "docs").mkdir()
+    for name, value in {"RESULTS": tmp_path, "ROOT": tmp_path, "PAGES": (page,)}.items():
+        monkeypatch.setattr(report, name, value)
+    report.keep("cpu", row, {"facts": {"commit": "abc"}, "workloads": [asdict(workload) for workload in workloads]})
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert workloads[0].name in text and "commit abc" in text
+    assert ET.parse(tmp_path / "docs" / "speed_cpu_time.svg").getroot().tag.endswith("svg")
+
+
+def test_the_fastest_other_library_counts(measure):
+    results = [measure.Result(name, seconds, seconds, 1, 0, []) for name, seconds in
+               (("wanflow", 1.0), ("wanflow, compiled", 0.5), ("slow", 4.0), ("fast", 2.0))]  # fmt: skip
+    assert measure.Workload("w", results).found == 0.5
+    assert measure.Workload("w", results, against=("slow",)).found == 0.25
+    assert measure.Workload("w", results, figure=7.0, unit="µs").found == 7.0
 
 
 def test_different_results_are_not_compared(measure):
