@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from .errors import InputError
 
 OVERRIDE = "WANFLOW_COMPUTE_DTYPE"
+# Whether everything is computed in the most ordinary way, to see what a fast one does to a result: docs/fast_paths.md.
+PLAIN = os.environ.get("WANFLOW_PLAIN", "0") not in ("", "0")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORTHWHILE = 1.5  # bf16 costs accuracy, so on a CPU it has to be this much faster
 PROBE_ROUNDS = 3

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import compute
 from .attention import attention
 from .layers import GELU, Conv3d, LayerNorm, Linear, RMSNorm, linear, widened
 from .layout import PATCH
@@ -80,7 +81,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 def keeps_inputs() -> bool:
     """Whether nothing may be written over: autograd needs it, and the compiler saves memory by itself."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return compute.PLAIN or torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class SelfAttention(nn.Module):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import compute
 from ..errors import ModelError
 from .blocks import Block, Head, PatchEmbedding, Step, once
 from .embedders import CameraAdapter, ImageEmbedding, sinusoid
@@ -50,7 +51,7 @@ def pad_text(text: Tensor) -> tuple[Tensor, Tensor | None]:
     Zero rows become equal tokens, and n equal tokens draw exactly the attention of one whose score is higher by
     log n. On a CPU that one takes their place; graphics cards' fastest kernels know no bias, so there all are kept.
     """
-    if text.device.type != "cpu":
+    if text.device.type != "cpu" or compute.PLAIN:
         return F.pad(text, (0, 0, 0, max(0, TEXT_ROWS - text.shape[1]))), None
     text, zeros = split_padding(text)
     if not zeros:

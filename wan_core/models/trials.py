@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .. import compute
 from ..compute import cache_folder, read_json, write_json
 from ..offload.recovery import is_shortage
 from .attention import EXACT, FAILURES, SOURCES, Kernel, kernel, say_refused
@@ -34,7 +35,7 @@ def chosen(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
     Trials know the way forward alone, so that with gradients `auto` is torch's own.
     """
-    if backend == "sdpa" or (backend == "auto" and torch.is_grad_enabled()):
+    if backend == "sdpa" or (backend == "auto" and torch.is_grad_enabled()) or compute.PLAIN:
         return "sdpa"
     if not has_kernels(device, dtype):
         if backend != "auto":

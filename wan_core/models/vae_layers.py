@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import compute
 from . import winograd
 from .layers import Conv2d, widened
 
@@ -113,7 +114,8 @@ class CausalConv3d(nn.Conv3d):
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int, int]) -> Tensor:
     """F.conv3d with oneDNN where it can: torch takes a way ten times slower for one clip with few channels."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if fits and not compute.PLAIN:
         return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1, 1), (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, padding=padding)
 
@@ -147,7 +149,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, gamma = x.movedim(1, -1), widened(self.gamma, x).flatten()
-        if x.device.type == "cuda":
+        if x.device.type == "cuda" or compute.PLAIN:
             return F.rms_norm(x, gamma.shape, gamma, eps=1e-24).movedim(-1, 1)
         # torch's own takes six passes over x on a CPU
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
@@ -228,9 +230,11 @@ class DoublingConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        weight, bias = phase_weights(widened(self.weight, x)), widened(self.bias, x)
+        weight, bias = widened(self.weight, x), widened(self.bias, x)
+        if compute.PLAIN:
+            return F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1)
         bias = None if bias is None else bias.repeat(4)
-        windows = F.conv2d(x, weight, bias, padding=1)  # (n, 4 d, h+1, w+1)
+        windows = F.conv2d(x, phase_weights(weight), bias, padding=1)  # (n, 4 d, h+1, w+1)
         out = x.new_empty(n, 2 * h, 2 * w, self.out_channels).permute(0, 3, 1, 2)
         for phase, values in enumerate(windows.chunk(4, dim=1)):
             p, q = divmod(phase, 2)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from .. import compute
 from ..adapters.injection import IMAGE_TOKENS
 from ..compute import device_memory
 from ..model import WanModel
@@ -24,7 +25,8 @@ class Contexts:
         fits = memory is None or (
             model.resident_bytes() == model.total_bytes() and room() + contexts_room(model, texts) <= memory[1]
         )
-        self.kept: list[dict | None] = [{} if fits and model.compile is None else None for _ in texts]
+        keeps = fits and model.compile is None and not compute.PLAIN
+        self.kept: list[dict | None] = [{} if keeps else None for _ in texts]
 
     def drop(self) -> bool:
         """Keep nothing any more. False where nothing was kept."""
