@@ -144,6 +144,7 @@ def diffsynth_arguments(layout: DiTLayout) -> dict:
 def run_diffsynth(model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
     """Since 2.0 only its pipelines call the parts; this is what they do for text to video."""
     library, dtype = import_diffsynth("diffsynth.models.wan_video_dit"), model.patch_embedding.bias.dtype
+    dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
     x, timestep, text = (tensor.to(dtype) for tensor in (x, timestep, text))
     time = model.time_embedding(library.sinusoidal_embedding_1d(model.freq_dim, timestep))
     modulation = model.time_projection(time).unflatten(1, (6, model.dim))

@@ -14,7 +14,10 @@ BLOCK = 2**20  # numbers that are drawn once and written again and again
 
 
 def write_random(path: Path, modules: list[nn.Module], dtype: torch.dtype, scale: float = 0.02) -> Path:
-    """A safetensors file with all tensors of the modules (on the meta device), unless it is there already."""
+    """A safetensors file with all tensors of the modules (on the meta device), unless it is there already.
+
+    Norms multiply by one, so that what goes in still shows in what comes out.
+    """
     if path.exists():
         return path
     shapes = {name: tuple(tensor.shape) for module in modules for name, tensor in module.state_dict().items()}
@@ -25,16 +28,22 @@ def write_random(path: Path, modules: list[nn.Module], dtype: torch.dtype, scale
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     numbers = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(scale).to(dtype)
-    data = numbers.view(torch.uint8).numpy().tobytes()
+    data, ones = (tensor.view(torch.uint8).numpy().tobytes() for tensor in (numbers, torch.ones_like(numbers)))
     partial = path.with_suffix(".part")
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
+        for name, shape in shapes.items():
             size = math.prod(shape) * dtype.itemsize
-            for begin in range(0, size, len(data)):
-                file.write(data[: size - begin])
+            source = ones if is_norm(name) else data
+            for begin in range(0, size, len(source)):
+                file.write(source[: size - begin])
     partial.replace(path)
     return path
+
+
+def is_norm(name: str) -> bool:
+    layer, _, role = name.rpartition(".")
+    return role == "gamma" or (role == "weight" and "norm" in layer.rpartition(".")[2])
 
 
 def on_meta(make) -> nn.Module:

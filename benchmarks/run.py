@@ -24,7 +24,8 @@ from pathlib import Path
 import report
 from measure import HERE, git, processor
 
-SUITES = {"cpu": ("C1", "C2", "C2b", "C3", "C4", "C5", "C6", "C7", "C8", "C9")}
+SUITES = {"cpu": ("C1", "C2", "C2b", "C3", "C4", "C5", "C6", "C7", "C8", "C9"),
+          "gpu": ("G1", "G2", "G3", "G4", "G5", "G6", "G7", "G8")}  # fmt: skip
 SOURCES = "wan_core", "benchmarks"
 # As on a processor without products in bf16: what was found out about this one is not asked for.
 ENVIRONMENT = {"C2b": {"ONEDNN_MAX_CPU_ISA": "AVX2", "WANFLOW_COMPUTE_DTYPE": "float32"}}

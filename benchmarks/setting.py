@@ -25,6 +25,11 @@ class Setting:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
+    def time(self) -> str:
+        """What counts: see `measure.Workload`."""
+        return "seconds" if self.device.type == "cuda" else "cpu_seconds"
+
+    @property
     def tolerance(self) -> float:
         return 3e-2 if self.dtype == torch.bfloat16 else 1e-4
 

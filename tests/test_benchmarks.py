@@ -92,10 +92,10 @@ def test_operations_are_those_that_were_counted(suite):
     assert floors.vae_operations(81, 720, 1280)[1] / 1e12 == pytest.approx(639.2, abs=0.05)
 
 
-@pytest.mark.parametrize("row", ["C1", "C5", "C8"])
+@pytest.mark.parametrize("row", ["C1", "C5", "C8", "G5", "G7"])
 def test_a_row_is_measured_and_told(suite, monkeypatch, tmp_path, row):
     report, setting = suite("report"), suite("setting").Setting(torch.device("cpu"), 1, toy=True, folder=tmp_path)
-    workloads = suite("cpu").ROWS[row](setting)
+    workloads = suite("cpu" if row[0] == "C" else "gpu").ROWS[row](setting)
     assert all(workload.found > 0 and workload.ours.cpu_seconds > 0 for workload in workloads)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- cpu: written by benchmarks/report.py -->\nold\n<!-- end of cpu -->\nafter\n")
