@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ..wan_core.models.compiled import MODES, Compile
 from ..wan_core.sampling.easycache import EasyCache
-from ..wan_core.sampling.teacache import AUTO, COEFFICIENTS, METHODS, TeaCache
+from ..wan_core.sampling.magcache import CURVES, MEASURED, MagCache
+from ..wan_core.sampling.reuse import AUTO
+from ..wan_core.sampling.teacache import COEFFICIENTS, METHODS, TeaCache
 from ..wan_core.sampling.windows import Windows
 from .host import io
 from .wires import WanModel
@@ -18,10 +20,34 @@ def model_output() -> io.Output:
     return WanModel.Output(display_name="model", tooltip="For Wan Sampler.")
 
 
+def part_inputs(start: float, why: str = "") -> list[io.Input]:
+    """start: the default; why: that is so, a sentence."""
+    part = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
+    first = f"The part of the run from which steps are skipped.{why}"
+    last = "The part of the run up to which steps are skipped."
+    return [
+        io.Float.Input("start", default=start, **part, tooltip=first),
+        io.Float.Input("end", default=1.0, **part, tooltip=last),
+    ]
+
+
+def device_input() -> io.Input:
+    return io.Combo.Input(
+        "device",
+        options=["auto", "cpu"],
+        default="auto",
+        tooltip="Where what is reused is kept. cpu needs no video memory, but takes a moment each step.",
+    )
+
+
+def place(device: str) -> str | None:
+    """What that input says, for a cache."""
+    return None if device == "auto" else device
+
+
 class CacheSteps(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        part = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
         return io.Schema(
             node_id="WanFlowTeaCache",
             display_name="Wan TeaCache",
@@ -53,32 +79,20 @@ class CacheSteps(io.ComfyNode):
                     default=AUTO,
                     tooltip="The model whose measurements are used. auto takes the nearest.",
                 ),
-                io.Float.Input(
-                    "start", default=0.0, **part, tooltip="The part of the run from which steps are skipped."
-                ),
-                io.Float.Input(
-                    "end", default=1.0, **part, tooltip="The part of the run up to which steps are skipped."
-                ),
-                io.Combo.Input(
-                    "device",
-                    options=["auto", "cpu"],
-                    default="auto",
-                    tooltip="Where what is reused is kept. cpu needs no video memory, but takes a moment each step.",
-                ),
+                *part_inputs(0.0),
+                device_input(),
             ],
             outputs=[model_output()],
         )
 
     @classmethod
     def execute(cls, model, threshold, preset, coefficients, start, end, device):
-        cache = TeaCache(threshold, preset, coefficients, start, end, None if device == "auto" else device)
-        return io.NodeOutput(model.with_cache(cache))
+        return io.NodeOutput(model.with_cache(TeaCache(threshold, preset, coefficients, start, end, place(device))))
 
 
 class CacheByItself(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        part = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
         return io.Schema(
             node_id="WanFlowEasyCache",
             display_name="Wan EasyCache",
@@ -97,15 +111,7 @@ class CacheByItself(io.ComfyNode):
                     tooltip="How much of the model's answer may be guessed wrong before it is asked again: 0.05 is "
                     "5 %. Larger: faster. 0 skips nothing.",
                 ),
-                io.Float.Input(
-                    "start",
-                    default=0.2,
-                    **part,
-                    tooltip="The part of the run from which steps are skipped. The first steps decide the motion.",
-                ),
-                io.Float.Input(
-                    "end", default=1.0, **part, tooltip="The part of the run up to which steps are skipped."
-                ),
+                *part_inputs(0.2, " The first steps decide the motion."),
             ],
             outputs=[model_output()],
         )
@@ -113,6 +119,54 @@ class CacheByItself(io.ComfyNode):
     @classmethod
     def execute(cls, model, threshold, start, end):
         return io.NodeOutput(model.with_cache(EasyCache(threshold, start, end)))
+
+
+class CacheBySize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowMagCache",
+            display_name="Wan MagCache",
+            category="WanFlow/speed",
+            description="Leaves the model out in steps that would change little, by how the size of what it does falls "
+            "from step to step: as published for the Wan models, or measured once. The log tells how many steps were "
+            "skipped.",
+            inputs=[
+                model_input(),
+                io.Float.Input(
+                    "threshold",
+                    default=0.12,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="The error that skipped steps in a row may add up to. The authors take 0.12 for 1.3B "
+                    "models, 0.12 to 0.24 for 14B ones. Larger: faster. 0 skips nothing.",
+                ),
+                io.Int.Input(
+                    "max_skip",
+                    default=4,
+                    min=1,
+                    max=100,
+                    tooltip="Steps that may be skipped in a row. The authors take 2 to 4 for 1.3B models, 4 to 6 for "
+                    "14B ones.",
+                ),
+                io.Combo.Input(
+                    "curve",
+                    options=[AUTO, MEASURED, *CURVES],
+                    default=AUTO,
+                    tooltip="The model whose sizes count. auto takes the nearest. measured: this one's, with its "
+                    "LoRAs; the first run measures them and skips nothing.",
+                ),
+                *part_inputs(0.2, " The first steps decide the motion."),
+                device_input(),
+            ],
+            outputs=[model_output()],
+        )
+
+    @classmethod
+    def execute(cls, model, threshold, max_skip, curve, start, end, device):
+        return io.NodeOutput(model.with_cache(MagCache(threshold, max_skip, curve, start, end, place(device))))
 
 
 class SlideWindow(io.ComfyNode):
@@ -181,4 +235,4 @@ class CompileModel(io.ComfyNode):
         return io.NodeOutput(model.with_compile(Compile(mode, dynamic)))
 
 
-NODES = [CacheSteps, CacheByItself, SlideWindow, CompileModel]
+NODES = [CacheSteps, CacheByItself, CacheBySize, SlideWindow, CompileModel]

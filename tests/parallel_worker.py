@@ -16,6 +16,7 @@ import torch  # noqa: E402
 from comfyui_wanflow.wan_core.errors import Lost  # noqa: E402
 from comfyui_wanflow.wan_core.parallel.team import Team, join  # noqa: E402
 from comfyui_wanflow.wan_core.sampling.easycache import EasyCache  # noqa: E402
+from comfyui_wanflow.wan_core.sampling.magcache import MagCache  # noqa: E402
 from comfyui_wanflow.wan_core.sampling.teacache import TeaCache  # noqa: E402
 from comfyui_wanflow.wan_core.sampling.windows import Windows  # noqa: E402
 from families import model, random, relative_error, video  # noqa: E402
@@ -36,6 +37,7 @@ CASES = {
     "motion speed": ("speed", ("motion speed",), {}, {}),
     "TeaCache": ("T2V", (), {"steps": 8}, {"with_cache": EAGERLY}),
     "EasyCache": ("T2V", (), {"steps": 8}, {"with_cache": EasyCache(1.0)}),
+    "MagCache": ("T2V", (), {"steps": 8}, {"with_cache": MagCache(1.0)}),
     "part guided": ("T2V", (), {"steps": 8, "cfg_start": 0.2, "cfg_end": 0.6}, {"with_cache": EAGERLY}),
     "windows": ("VACE", ("VACE pictures",), {}, {"with_windows": Windows(3, 2)}),
 }

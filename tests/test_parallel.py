@@ -52,7 +52,8 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("way", ["auto", "tokens"])
 @pytest.mark.parametrize("case", [
     "T2V", "without guidance", "merged guidance", "several videos", "video to video", "I2V", "FLF2V",
-    "control and reference", "camera", "VACE", "motion speed", "TeaCache", "EasyCache", "part guided", "windows",
+    "control and reference", "camera", "VACE", "motion speed", "TeaCache", "EasyCache", "MagCache",
+    "part guided", "windows",
 ])  # fmt: skip
 def test_all_make_the_video_that_one_makes(found, case, way):
     for process in found:

@@ -22,7 +22,8 @@ from comfyui_wanflow.wan_core.models.vae import unnormalised
 from comfyui_wanflow.wan_core.offload.residency import Residency
 from comfyui_wanflow.wan_core.sampling import loop
 from comfyui_wanflow.wan_core.sampling.loop import Settings, sample, working_room
-from comfyui_wanflow.wan_core.sampling.teacache import COEFFICIENTS, Residuals, TeaCache
+from comfyui_wanflow.wan_core.sampling.reuse import Residuals
+from comfyui_wanflow.wan_core.sampling.teacache import COEFFICIENTS, TeaCache
 from comfyui_wanflow.wan_core.sampling.windows import Sliding, Windows
 from safetensors.torch import load_file, save_file
 

@@ -6,7 +6,7 @@ device) is attached for the length of the run: `with engine.attached(device) as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
@@ -37,10 +37,12 @@ from .offload.recovery import Result, others_give, persist
 from .offload.residency import Residency
 from .room import decoding_room, encoding_room, image_room, text_room, widened_room
 from .sampling.easycache import EasyCache
+from .sampling.magcache import Curve, MagCache
 from .sampling.teacache import TeaCache
 from .sampling.windows import Windows
 
 FREE_THE_DEVICE = "Close other programs that use it, or choose a narrower weight_dtype."
+Cache = EasyCache | MagCache | TeaCache
 PARTS = {"vace": "VACE module", "motion_controller": "motion speed controller"}
 
 
@@ -137,7 +139,8 @@ class Engine:
 class WanModel(Engine):
     """A diffusion model: the trunk and what stands beside it, what is known of them, and how to run them.
 
-    `residency` holds the trunk's weights, `beside` those of the network's other parts by their names.
+    `residency` holds the trunk's weights, `beside` those of the network's other parts by their names. `curves` is what
+    runs have shown for MagCache, by the `changes` of the trunk: all handles of one model share it.
     """
 
     module: Network
@@ -146,13 +149,19 @@ class WanModel(Engine):
     preset: Preset = field(default_factory=Preset)
     beside: Mapping[str, Residency] = field(default_factory=dict)
     loras: Loras = ()
-    cache: TeaCache | EasyCache | None = None
+    cache: Cache | None = None
     windows: Windows | None = None
     compile: Compile | None = None
+    curves: dict[Hashable, Curve] = field(default_factory=dict)
 
     @property
     def trunk(self) -> DiT:
         return self.module.trunk
+
+    @property
+    def changes(self) -> Hashable:
+        """What makes the trunk answer otherwise than it does alone."""
+        return self.module.vace, self.loras
 
     @property
     def weights(self) -> tuple[Residency, ...]:
@@ -205,14 +214,14 @@ class WanModel(Engine):
         """The same weights, attending by another backend. Raises InputError where it cannot be used."""
         return replace(self, attention=check_backend(backend))
 
-    def with_cache(self, cache: TeaCache | EasyCache | None) -> WanModel:
+    def with_cache(self, cache: Cache | None) -> WanModel:
         """The same weights, left out in some steps. None: in none. Raises InputError for a second kind of cache."""
         if cache is not None and self.cache is not None and cache.name != self.cache.name:
             raise InputError(
                 f"This model already has Wan {self.cache.name}, and one cache cannot guess what another leaves out. "
                 f"Remove Wan {self.cache.name} or Wan {cache.name}."
             )
-        chosen = cache.chosen_for(self.layout, self.preset.width) if isinstance(cache, TeaCache) else cache
+        chosen = cache.chosen_for(self.layout, self.preset.width) if isinstance(cache, TeaCache | MagCache) else cache
         return replace(self, cache=chosen)
 
     def with_windows(self, windows: Windows | None) -> WanModel:

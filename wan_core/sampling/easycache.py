@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .reuse import told
+from .schedules import check_part
 
 KEPT_LATENTS = 4
 HALF = 0.5
@@ -50,14 +52,10 @@ class EasyCache:
     def __post_init__(self):
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
             raise InputError(f"threshold is {self.threshold}, but it has to be 0 or more. Enter a number such as 0.05.")
-        if not 0 <= self.start < self.end <= 1:
-            raise InputError(
-                f"start is {self.start} and end is {self.end}, but start has to be before end, both within 0 and 1."
-            )
+        check_part("start", self.start, "end", self.end)
 
     def report(self, skipped: Sequence[bool]) -> str:
-        advice = "" if any(skipped) or not self.threshold else " Raise the threshold to skip some."
-        return f"{self.name} ({self.threshold:g}): skipped {sum(skipped)} of {len(skipped)} steps.{advice}"
+        return told(self, f"{self.threshold:g}", skipped)
 
 
 class Computed(NamedTuple):

@@ -20,10 +20,11 @@ from ..models.vae import normalised, unnormalised
 from ..offload.recovery import persist
 from ..parallel.team import Share, Team
 from ..room import changed_room, latents_room, sampling_room, tokens_room, widened_room
+from .caching import learn, residuals_for
 from .contexts import Contexts
 from .easycache import KEPT_LATENTS, EasyCache, Skipping
-from .schedules import SOLVERS, noise_levels
-from .teacache import Residuals, TeaCache
+from .magcache import Measuring
+from .schedules import SOLVERS, check_part, noise_levels
 from .windows import Sliding, spans_of
 
 HIGHEST_SEED = 2**64 - 1
@@ -77,11 +78,7 @@ class Settings:
             raise InputError(f"There is no scheduler {self.scheduler!r}. Choose one of {', '.join(SOLVERS)}.")
         if not 0 < self.denoise <= 1:
             raise InputError(f"denoise is {self.denoise}, but it has to be above 0 and at most 1.")
-        if not 0 <= self.cfg_start < self.cfg_end <= 1:
-            raise InputError(
-                f"cfg_start is {self.cfg_start} and cfg_end is {self.cfg_end}, but cfg_start has to be before cfg_end, "
-                "both within 0 and 1. For a run without guidance set cfg to 1."
-            )
+        check_part("cfg_start", self.cfg_start, "cfg_end", self.cfg_end)
         self.check_timesteps()
         for name, known in (("denoise_as", DENOISE_AS), ("rounding", STATES)):
             if getattr(self, name) not in known:
@@ -172,12 +169,8 @@ def sample(
         injection = persist(lambda: inject(conditions, network, canvas), relieve, "preparing the conditions", SMALLER)
 
         sliding = Sliding(model.windows, injection, canvas.frames)
-        residuals = None
-        if isinstance(model.cache, TeaCache):
-            timesteps = torch.cat([timestep(sigma, settings.state) for sigma in settings.levels()[:-1]]).to(device)
-            skipped = model.cache.plan(network.trunk, timesteps, injection.time_add)
-            skipped = [skip and alike for skip, alike in zip(skipped, settings.alike(), strict=True)]
-            residuals = Residuals(skipped, model.cache.device)
+        timesteps = torch.cat([timestep(sigma, settings.state) for sigma in settings.levels()[:-1]]).to(device)
+        residuals = residuals_for(model, timesteps, settings.alike(), injection.time_add)
 
         def predict(x: Tensor, timestep: Tensor, text: Tensor, step: int, branch: int) -> Tensor:
             def look(x: Tensor, injection: Injection, window: int) -> Tensor:
@@ -211,8 +204,13 @@ def sample(
         if isinstance(model.cache, EasyCache):
             repeated = skipping = Skipping(model.cache, repeated, settings.alike(), same)
         x = denoise(x, repeated, settings, report, noise)
-        if skipping is not None and say is not None:
-            say(model.cache.report(skipping.skipped))
+        told = ""
+        if isinstance(residuals, Measuring):
+            told = learn(model, residuals, timesteps, same)
+        elif skipping is not None:
+            told = model.cache.report(skipping.skipped)
+        if told and say is not None:
+            say(told)
     return unnormalised(x[:, :, injection.prefix :].float()).to(latent.device)
 
 

@@ -44,6 +44,14 @@ def read_timesteps(text: str) -> tuple[float, ...]:
         raise InputError(f"timesteps is {text!r}, but it has to be numbers, such as 1000, 757, 522.") from error
 
 
+def check_part(first: str, start: float, last: str, end: float) -> None:
+    """Raises InputError where the inputs `first` and `last` name no part of a run, 0 to 1."""
+    if not 0 <= start < end <= 1:
+        raise InputError(
+            f"{first} is {start} and {last} is {end}, but {first} has to be before {last}, both within 0 and 1."
+        )
+
+
 class Euler:
     """The straight line along the velocity: first order, the default of DiffSynth-Studio."""
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..models.dit import DiT
 from ..models.layout import DiTLayout
+from .reuse import AUTO, nearest, told
+from .schedules import check_part
 
 
 class Method(NamedTuple):
@@ -65,9 +66,6 @@ COEFFICIENTS = {
         (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
     ),
 }
-AUTO = "auto"
-WIDE = 5120  # the trunk of the 14B models
-HIGH_DEFINITION = 1280  # pixels: the width that 720P models are made for
 
 
 @dataclass(frozen=True)
@@ -97,25 +95,11 @@ class TeaCache:
         if self.coefficients not in (AUTO, *COEFFICIENTS):
             names = ", ".join((AUTO, *COEFFICIENTS))
             raise InputError(f"TeaCache has no coefficients {self.coefficients!r}. Choose one of {names}.")
-        if not 0 <= self.start < self.end <= 1:
-            raise InputError(
-                f"start is {self.start} and end is {self.end}, but start has to be before end, both within 0 and 1."
-            )
+        check_part("start", self.start, "end", self.end)
 
     def chosen_for(self, layout: DiTLayout, width: int) -> TeaCache:
-        """With the coefficients of the published model that is nearest; width: of its usual videos, in pixels.
-
-        What tells the two 14B image models apart is only what they are used for.
-        """
-        if self.coefficients != AUTO:
-            return self
-        if layout.dim < WIDE:
-            name = "T2V-1.3B"
-        elif not layout.image_tokens:
-            name = "T2V-14B"
-        else:
-            name = "I2V-14B-720P" if width >= HIGH_DEFINITION else "I2V-14B-480P"
-        return replace(self, coefficients=name)
+        """With the coefficients of the published model that is nearest; width: of its usual videos, in pixels."""
+        return replace(self, coefficients=nearest(layout, width)) if self.coefficients == AUTO else self
 
     def plan(self, trunk: DiT, timesteps: Tensor, time_add: Tensor | None = None) -> list[bool]:
         """For each timestep (n,), 0..1000, whether its step is skipped.
@@ -144,9 +128,7 @@ class TeaCache:
         return skipped
 
     def report(self, skipped: Sequence[bool]) -> str:
-        advice = "" if any(skipped) else " Raise the threshold to skip some."
-        how = f"{self.method}, {self.coefficients}"
-        return f"{self.name} ({how}): skipped {sum(skipped)} of {len(skipped)} steps.{advice}"
+        return told(self, f"{self.method}, {self.coefficients}", skipped)
 
 
 def distance(before: Tensor, now: Tensor) -> float:
@@ -157,35 +139,3 @@ def distance(before: Tensor, now: Tensor) -> float:
 def evaluate(polynomial: Sequence[float], x: float) -> float:
     """Horner's scheme, highest power first."""
     return functools.reduce(lambda value, coefficient: value * x + coefficient, polynomial, 0.0)
-
-
-class Residuals:
-    """What the blocks added to the tokens in the last computed step of one run, kept while a skipped step follows.
-
-    Prompts, windows and the like are told apart by a `key`. Tokens are those of one process.
-    """
-
-    def __init__(self, skipped: Sequence[bool], device: torch.device | str | None = None):
-        self.skipped = skipped
-        self.device = device
-        self.kept: dict[Hashable, Tensor] = {}
-
-    def body(self, step: int, key: Hashable) -> Callable:
-        """For `Run.body` in this step."""
-        return functools.partial(self.reuse if self.skipped[step] else self.compute, step, key)
-
-    def compute(self, step: int, key: Hashable, advance: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Tokens (b, n, dim) through all blocks, which write over them."""
-        self.kept.pop(key, None)
-        if not self.needed_after(step):
-            return advance(x)
-        before = x.clone()
-        result = advance(x)
-        self.kept[key] = torch.sub(result, before, out=before).to(self.device or x.device)
-        return result
-
-    def reuse(self, step: int, key: Hashable, advance: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return x + self.kept[key].to(x.device)  # which stays till the next computed step: this one may be repeated
-
-    def needed_after(self, step: int) -> bool:
-        return any(self.skipped[step + 1 : step + 2])
