@@ -1,7 +1,7 @@
 """The least that a network's arithmetic takes: its operations, counted, at the rate at which this machine computes.
 
 A multiplication and its addition are two operations. Counted is what the published networks do: whoever finds a way
-with fewer (the VAE's first frame without the taps that meet nothing, Winograd's products) may fall below the floor.
+with fewer (a clip's first frame without the taps that meet nothing, Winograd's products) may fall below the floor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from setting import Setting
 from torch.nn import functional as F
 
 TEXT_ROWS = 512
+CUBE, SQUARE = 27, 9  # taps; of a single image's cubes only the last squares meet anything
 TRIES = 3
 
 
@@ -45,30 +46,32 @@ def convolution(inputs: int, outputs: int, taps: int, positions: int) -> int:
     return 2 * inputs * outputs * taps * positions
 
 
-def residual_block(inputs: int, outputs: int, positions: int) -> int:
+def residual_block(inputs: int, outputs: int, taps: int, positions: int) -> int:
     shortcut = convolution(inputs, outputs, 1, positions) if inputs != outputs else 0
-    return convolution(inputs, outputs, 27, positions) + convolution(outputs, outputs, 27, positions) + shortcut
+    return convolution(inputs, outputs, taps, positions) + convolution(outputs, outputs, taps, positions) + shortcut
 
 
-def middle(width: int, frames: int, picture: int) -> int:
+def middle(width: int, taps: int, frames: int, picture: int) -> int:
     attention = convolution(width, 4 * width, 1, frames * picture) + frames * 4 * picture**2 * width
-    return 2 * residual_block(width, width, frames * picture) + attention
+    return 2 * residual_block(width, width, taps, frames * picture) + attention
 
 
 def vae_operations(frames: int, height: int, width: int, dim: int = 96) -> tuple[int, int]:
     """Of encoding and of decoding a clip of 4n + 1 frames."""
+    taps = SQUARE if frames == 1 else CUBE
     groups = (frames - 1) // 4
     times = frames, frames, 2 * groups + 1, groups + 1  # frames at the four levels, largest pictures first
     pictures = [height * width // 4**level for level in range(4)]
     widths = dim, dim, 2 * dim, 4 * dim, 4 * dim  # before the first level, and at each
     small, deep = times[3] * pictures[3], widths[4]
-    encode = convolution(3, dim, 27, frames * pictures[0])
-    decode = convolution(16, 16, 1, small) + convolution(16, deep, 27, small)
+    encode = convolution(3, dim, taps, frames * pictures[0])
+    decode = convolution(16, 16, 1, small) + convolution(16, deep, taps, small)
     for level in range(4):
         positions, inputs, outputs = times[level] * pictures[level], widths[level], widths[level + 1]
-        encode += residual_block(inputs, outputs, positions) + residual_block(outputs, outputs, positions)
         upper = deep if level == 3 else widths[level + 2] // 2  # upsampling halves the channels
-        decode += residual_block(upper, outputs, positions) + 2 * residual_block(outputs, outputs, positions)
+        alike = residual_block(outputs, outputs, taps, positions)
+        encode += residual_block(inputs, outputs, taps, positions) + alike
+        decode += residual_block(upper, outputs, taps, positions) + 2 * alike
     for level in range(3):
         smaller, outputs, below = pictures[level + 1], widths[level + 1], widths[level + 2]
         encode += convolution(outputs, outputs, 9, times[level] * smaller)
@@ -76,8 +79,10 @@ def vae_operations(frames: int, height: int, width: int, dim: int = 96) -> tuple
         if level:  # and in time, from which the first frame is left out
             encode += convolution(outputs, outputs, 3, (times[level + 1] - 1) * smaller)
             decode += convolution(below, 2 * below, 3, (times[level + 1] - 1) * smaller)
-    encode += middle(deep, times[3], pictures[3]) + convolution(deep, 32, 27, small) + convolution(32, 32, 1, small)
-    return encode, decode + middle(deep, times[3], pictures[3]) + convolution(dim, 3, 27, frames * pictures[0])
+    encode += convolution(deep, 32, taps, small) + convolution(32, 32, 1, small)
+    decode += convolution(dim, 3, taps, frames * pictures[0])
+    both = middle(deep, taps, times[3], pictures[3])
+    return encode + both, decode + both
 
 
 def best_rate(operations: int, functions: Iterable[Callable], device: torch.device) -> float:
