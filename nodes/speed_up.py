@@ -204,6 +204,34 @@ class SlideWindow(io.ComfyNode):
         return io.NodeOutput(model.with_windows(Windows(window_size, window_stride)))
 
 
+class SlowPositions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WanFlowRIFLEx",
+            display_name="Wan RIFLEx",
+            category="WanFlow/speed",
+            description="For videos so long that they begin to repeat themselves: slows the one frequency of the "
+            "positions that would turn round within the video. Shorter videos stay as they are.",
+            inputs=[
+                model_input(),
+                io.Int.Input(
+                    "frequency",
+                    default=6,
+                    min=1,
+                    max=22,
+                    tooltip="Which frequency. 6 is slowed from 51 latent frames on (201 frames), 5 from 34 (133), 4 "
+                    "from 23 (89). Take the one near to the length after which videos repeat.",
+                ),
+            ],
+            outputs=[model_output()],
+        )
+
+    @classmethod
+    def execute(cls, model, frequency):
+        return io.NodeOutput(model.with_riflex(frequency))
+
+
 class CompileModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -235,4 +263,4 @@ class CompileModel(io.ComfyNode):
         return io.NodeOutput(model.with_compile(Compile(mode, dynamic)))
 
 
-NODES = [CacheSteps, CacheByItself, CacheBySize, SlideWindow, CompileModel]
+NODES = [CacheSteps, CacheByItself, CacheBySize, SlideWindow, SlowPositions, CompileModel]

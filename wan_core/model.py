@@ -25,6 +25,7 @@ from .models.embedders import MotionController
 from .models.image_encoder import ImageEncoder
 from .models.layout import DiTLayout, size_name
 from .models.network import Network
+from .models.rope import parts
 from .models.text_encoder import UMT5Encoder
 from .models.tiling import Ladder, Size, ladder
 from .models.tiny_vae import TinyVAE
@@ -151,6 +152,7 @@ class WanModel(Engine):
     loras: Loras = ()
     cache: Cache | None = None
     windows: Windows | None = None
+    riflex: int = 0
     compile: Compile | None = None
     curves: dict[Hashable, Curve] = field(default_factory=dict)
 
@@ -161,7 +163,7 @@ class WanModel(Engine):
     @property
     def changes(self) -> Hashable:
         """What makes the trunk answer otherwise than it does alone."""
-        return self.module.vace, self.loras
+        return self.module.vace, self.loras, self.riflex
 
     @property
     def weights(self) -> tuple[Residency, ...]:
@@ -227,6 +229,17 @@ class WanModel(Engine):
     def with_windows(self, windows: Windows | None) -> WanModel:
         """The same weights, looking at one window of a video at a time. None: at all of it."""
         return replace(self, windows=windows)
+
+    def with_riflex(self, frequency: int) -> WanModel:
+        """The same weights, whose frequency of this number, from 1, does not turn round within a long video. 0: as they
+        are. Raises InputError where there is no such frequency."""
+        most = parts(self.layout.head_dim)[0] // 2
+        if not 0 <= frequency <= most:
+            raise InputError(
+                f"RIFLEx was asked for frequency {frequency}, but {most} of this model's turn with the frame. "
+                f"Enter a number from 1 to {most}; 6 is usual."
+            )
+        return replace(self, riflex=frequency)
 
     def with_compile(self, settings: Compile | None) -> WanModel:
         """The same weights, compiled while they run. None: as they are."""

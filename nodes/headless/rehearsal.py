@@ -265,8 +265,8 @@ ROLES = {
 }  # fmt: skip
 # What these do costs nothing: they set something up, or make a small tensor.
 REAL = {"WanFlowOffload", "WanFlowTeaCache", "WanFlowEasyCache", "WanFlowMagCache", "WanFlowSlidingWindow",
-        "WanFlowCompile", "WanFlowMotionSpeed", "WanFlowEmptyLatent", "WanFlowFewSteps", "WanFlowApplyLora",
-        "WanFlowLibrary"}  # fmt: skip
+        "WanFlowRIFLEx", "WanFlowCompile", "WanFlowMotionSpeed", "WanFlowEmptyLatent", "WanFlowFewSteps",
+        "WanFlowApplyLora", "WanFlowLibrary"}  # fmt: skip
 
 
 def cast(rehearsal: Rehearsal, node: type[io.ComfyNode]) -> type[io.ComfyNode]:

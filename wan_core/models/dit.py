@@ -132,7 +132,7 @@ class DiT(nn.Module):
             text_bias=text_bias,
             image=None if slots.context_prefix is None else slots.context_prefix.to(dtype),
             modulation=modulation,
-            rope=parallel.split(rope_table(*grid, self.layout.dim // self.layout.heads, x.device), dim=0),
+            rope=parallel.split(rope_table(*grid, self.layout.head_dim, x.device, run.riflex), dim=0),
             backend=backend,
             tokens=tokens,
             attend=functools.partial(parallel.attend, tokens=tokens, backend=backend),

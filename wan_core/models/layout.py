@@ -86,6 +86,10 @@ class DiTLayout:
         return layout
 
     @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
     def family(self) -> str:
         """What such models are for. VACE lies beside a Text to Video trunk."""
         if self.image_positions:

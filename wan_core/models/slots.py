@@ -77,7 +77,8 @@ class Run:
     `around(module, *args)` calls a module: checkpointing and offload take its place. `body(advance, x)` takes the
     tokens through all blocks by `advance(x)`, which writes over them: a cache may leave that out. `parallel` shares the
     tokens among processes. `kept`: what follows from the text and the image alone is worked out once and kept there,
-    for further calls with the same ones; None: it is worked out in each call.
+    for further calls with the same ones; None: it is worked out in each call. `riflex`: which of the frequencies that
+    turn with the frame is slowed for long videos, see rope.py.
     """
 
     compute_dtype: torch.dtype = torch.float32
@@ -86,3 +87,4 @@ class Run:
     body: Callable = call
     parallel: Alone = field(default_factory=Alone)
     kept: dict | None = None
+    riflex: int = 0

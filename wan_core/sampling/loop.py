@@ -153,7 +153,7 @@ def sample(
     texts = [text.to(device) for text in prompts(positive, negative, latent, settings, model.layout.text_dim)]
     calls = 1 if settings.cfg_merge else len(texts)
     share = Share() if team is None else team.share(calls, model.layout.heads)
-    run = Run(compute_dtype=model.compute_dtype, attention=model.attention, parallel=share.tokens)
+    run = Run(model.compute_dtype, model.attention, parallel=share.tokens, riflex=model.riflex)
     with model.attached(device) as network:
         always = all(settings.guided(step) for step in range(settings.steps))
         asked = texts if always or len(texts) == 1 or not settings.cfg_merge else [*texts, texts[0]]
