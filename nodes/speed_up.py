@@ -7,7 +7,7 @@ from ..wan_core.sampling.easycache import EasyCache
 from ..wan_core.sampling.magcache import CURVES, MEASURED, MagCache
 from ..wan_core.sampling.reuse import AUTO
 from ..wan_core.sampling.teacache import COEFFICIENTS, METHODS, TeaCache
-from ..wan_core.sampling.windows import Windows
+from ..wan_core.sampling.windows import FUSE_METHODS, SCHEDULES, Windows
 from .host import io
 from .wires import WanModel
 
@@ -195,13 +195,39 @@ class SlideWindow(io.ComfyNode):
                     tooltip="Latent frames from one window to the next, at most window_size. Smaller: longer "
                     "overlaps, smoother, slower.",
                 ),
+                io.Combo.Input(
+                    "schedule",
+                    options=list(SCHEDULES),
+                    default="DiffSynth",
+                    optional=True,
+                    tooltip="Where windows lie. DiffSynth: as there, the last may be short. standard_static: all of "
+                    "full size. standard_uniform: moved in every step, so that edges do not show. looped_uniform: "
+                    "round from the end to the beginning too, for videos that loop.",
+                ),
+                io.Combo.Input(
+                    "fuse_method",
+                    options=list(FUSE_METHODS),
+                    default="overlap-linear",
+                    optional=True,
+                    tooltip="How windows are blended: in straight lines where they overlap, by the distance from "
+                    "their edges, or evenly.",
+                ),
+                io.Boolean.Input(
+                    "freenoise",
+                    default=False,
+                    optional=True,
+                    tooltip="All windows begin with the same noise in another order, so that they resemble each "
+                    "other: steadier long videos, less change.",
+                ),
             ],
             outputs=[model_output()],
         )
 
     @classmethod
-    def execute(cls, model, window_size, window_stride):
-        return io.NodeOutput(model.with_windows(Windows(window_size, window_stride)))
+    def execute(
+        cls, model, window_size, window_stride, schedule="DiffSynth", fuse_method="overlap-linear", freenoise=False
+    ):
+        return io.NodeOutput(model.with_windows(Windows(window_size, window_stride, schedule, fuse_method, freenoise)))
 
 
 class SlowPositions(io.ComfyNode):

@@ -125,7 +125,7 @@ def test_a_window_cuts_frames_and_keeps_the_prefix():
         concat={"image": image}, embed_add=camera, prefix_frames=frames(16, 2), prefix_tokens=patches(1),
         block_residuals=(VACEResiduals(None, context, 1.0, 3, prefix=2),),
     )  # fmt: skip
-    window = given.fill(Injection()).frames(1, 4)
+    window = given.fill(Injection()).frames(torch.arange(1, 4))
     assert torch.equal(window.concat["image"][:, :, 2:], image[:, :, 1:4])
     assert torch.equal(window.embed_add[:, :, 2:], camera[:, :, 1:4])
     assert window.concat["image"].shape[2] == window.embed_add.shape[2] == 5

@@ -35,7 +35,7 @@ RELEASED = {
     "WanFlowTeaCache": ("model threshold preset coefficients start end device", "", "model"),
     "WanFlowEasyCache": ("model threshold start end", "", "model"),
     "WanFlowMagCache": ("model threshold max_skip curve start end device", "", "model"),
-    "WanFlowSlidingWindow": ("model window_size window_stride", "", "model"),
+    "WanFlowSlidingWindow": ("model window_size window_stride", "schedule fuse_method freenoise", "model"),
     "WanFlowRIFLEx": ("model frequency", "", "model"),
     "WanFlowCompile": ("model mode dynamic", "", "model"),
     "WanFlowOffload": ("rest_on rest_dtype vram_limit_gb vram_buffer_gb num_persistent_params", "", "offload"),

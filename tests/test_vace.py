@@ -217,7 +217,7 @@ def test_two_conditions_add_their_hints_and_one_may_have_pictures():
     assert injection.prefix == 2
     x, text = torch.randn(2, 16, 5, *SIZE[1:]), torch.zeros(2, 8, 16)
     assert net(x, torch.tensor([500.0]), text, injection).shape == x.shape
-    window = injection.frames(1, 3)
+    window = injection.frames(torch.arange(1, 3))
     assert net(x[:, :, :4], torch.tensor([500.0]), text, window).shape == (2, 16, 4, *SIZE[1:])
 
 

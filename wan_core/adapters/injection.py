@@ -126,14 +126,14 @@ class Injection(Slots):
         filled = self if self.context_prefix is not None else replace(self, context_prefix=neutral.context_prefix)
         return filled.map_frames(reach, {**neutral.concat, **self.concat})
 
-    def frames(self, start: int, stop: int) -> Injection:
-        """A filled injection for the canvas's frames start..stop alone; the prefix stays whole."""
+    def frames(self, seen: Tensor) -> Injection:
+        """A filled injection for these of the canvas's frames alone, (n,) their numbers; the prefix stays whole."""
         prefix = self.prefix
 
         def cut(x: Tensor) -> Tensor:
-            return torch.cat([x[:, :, :prefix], x[:, :, prefix + start : prefix + stop]], dim=2)
+            return torch.cat([x[:, :, :prefix], x.index_select(2, prefix + seen)], dim=2)
 
-        residuals = tuple(residual.frames(start, stop) for residual in self.block_residuals)
+        residuals = tuple(residual.frames(seen) for residual in self.block_residuals)
         return replace(self.map_frames(cut, self.concat), block_residuals=residuals)
 
     def map_frames(self, function: Callable[[Tensor], Tensor], concat: Mapping[str, Tensor]) -> Injection:

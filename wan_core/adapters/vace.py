@@ -131,9 +131,9 @@ class VACEResiduals:
         b = self.context.shape[0]
         return replace(self, context=self.context.repeat(count // b, 1, 1, 1, 1) if b != count else self.context)
 
-    def frames(self, start: int, stop: int) -> VACEResiduals:
+    def frames(self, seen: Tensor) -> VACEResiduals:
         front, rest = self.context.tensor_split([self.prefix], dim=2)
-        return replace(self, context=torch.cat([front, rest[:, :, start:stop]], dim=2))
+        return replace(self, context=torch.cat([front, rest.index_select(2, seen)], dim=2))
 
     def beside(self, others: Sequence[VACEResiduals]) -> VACEResiduals:
         return replace(self, context=torch.cat([self.context, *(other.context for other in others)]))

@@ -129,14 +129,15 @@ def sampling_phase(
     layout, vace = model.layout, model.module.vace
     rows, _, frames, height, width = latent
     front, branches = in_front(conditions), 1 if settings.cfg == 1 else 2
-    spans = spans_of(model.windows, frames)
-    grids = [(stop - start + front) * height * width // (PATCH[1] * PATCH[2]) for start, stop in spans]
+    steps = [spans_of(model.windows, frames, step) for step in range(settings.steps)]
+    sizes = [stop - start + front for spans in steps for start, stop in spans]
+    grids = [size * height * width // (PATCH[1] * PATCH[2]) for size in sizes]
     images = layout.image_positions or IMAGE_TOKENS * layout.image_tokens
     work = sum(trunk_work(layout, grid, images, vace and vace.layout) for grid in grids)
     calls = 1 if settings.cfg_merge else branches
     detail = [f"{settings.steps} steps"]
     detail += [f"{branches} prompts{' as one batch' if settings.cfg_merge else ''}"] if branches > 1 else []
-    detail += [f"{len(spans)} windows"] if len(spans) > 1 else []
+    detail += [f"{len(steps[0])} windows"] if len(steps[0]) > 1 else []
     pieces = f", layer by layer in pieces of {PRODUCT_TOKENS}" if grids[0] > PRODUCT_TOKENS else ""
     detail.append(f"{grids[0]} tokens{pieces}")
     detail += ["a control video beside the latents"] if layout.is_controlled else []
@@ -147,8 +148,8 @@ def sampling_phase(
         working_room(model, latent, settings, conditions),
         kept=rows * 16 * frames * height * width * FLOAT,
         spare=contexts_room(model, [torch.empty(rows, tokens, 1, device="meta")] * branches),
-        passes=settings.steps * calls * len(spans),
-        work=rows * branches * work / (calls * len(spans)),
+        passes=calls * len(grids),
+        work=rows * branches * work / (calls * len(grids)),
         detail=", ".join(detail),
     )
 

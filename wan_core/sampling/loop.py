@@ -25,7 +25,7 @@ from .contexts import Contexts
 from .easycache import KEPT_LATENTS, EasyCache, Skipping
 from .magcache import Measuring
 from .schedules import SOLVERS, check_part, noise_levels
-from .windows import Sliding, spans_of
+from .windows import Sliding, Windows, spans_of
 
 HIGHEST_SEED = 2**64 - 1
 SMALLER = "Take a smaller or shorter video, put Wan Sliding Window in front of the sampler, or switch cfg_merge off."
@@ -179,7 +179,7 @@ def sample(
                     here = replace(here, body=residuals.body(step, (min(branch, calls - 1), window)))
                 return network.trunk(x.float(), timestep, text, injection, here).to(x.dtype)
 
-            return sliding(look, x)
+            return sliding(look, x, step if residuals is None else residuals.source(step))
 
         def same(x: Tensor) -> Tensor:
             return x if team is None else team.same(x)
@@ -188,11 +188,11 @@ def sample(
             if on_step is not None:
                 on_step(i, settings.steps, clean[:, :, injection.prefix :])
 
-        x = beginning(latent.to(device, torch.float32), injection.prefix_frames, settings)
+        x = beginning(latent.to(device, torch.float32), injection.prefix_frames, settings, model.windows)
         x = same(x)
 
         def noise(i: int) -> Tensor:
-            return same(draw_noise(latent.shape, injection.prefix, settings, i + 1).to(x))
+            return same(draw_noise(latent.shape, injection.prefix, settings, i + 1, model.windows).to(x))
 
         velocity = guided(predict, texts, settings, share)
 
@@ -220,8 +220,8 @@ def working_room(
     """Bytes that a run on latents (b, 16, T, h, w) needs beside the weights."""
     texts, front = 1 if settings.cfg == 1 else 2, in_front(conditions)
     rows, channels, frames, *size = shape
-    spans = spans_of(model.windows, frames)
-    longest = rows, channels, front + max(stop - start for start, stop in spans), *size
+    steps = [spans_of(model.windows, frames, step) for step in range(settings.steps)]
+    longest = rows, channels, front + max(stop - start for start, stop in steps[0]), *size
     whole = rows, channels, front + frames, *size
     branches, vace = texts if settings.cfg_merge else 1, model.module.vace is not None
     dtype, widened = model.compute_dtype, widened_room(model.module, model.compute_dtype)
@@ -231,7 +231,8 @@ def working_room(
     if isinstance(model.cache, EasyCache):
         room += KEPT_LATENTS * math.prod(whole) * settings.state.itemsize
     elif model.cache is not None and model.cache.device != "cpu":
-        kept = rows, channels, sum(front + stop - start for start, stop in spans), *size
+        seen = max(sum(front + stop - start for start, stop in spans) for spans in steps)
+        kept = rows, channels, seen, *size
         room += texts * tokens_room(model.layout, kept, dtype)
     return room
 
@@ -241,12 +242,12 @@ def in_front(conditions: Sequence[Condition]) -> int:
     return sum(condition.in_front for condition in conditions)
 
 
-def beginning(latent: Tensor, prefix: Tensor | None, settings: Settings) -> Tensor:
+def beginning(latent: Tensor, prefix: Tensor | None, settings: Settings, windows: Windows | None) -> Tensor:
     """What to denoise: noise, mixed with the raw latent unless that is empty; (b, 16, P+T, h, w) normalised.
 
     prefix: clean normalised frames (b or 1, 16, P, h, w) in front of the canvas.
     """
-    noise = draw_noise(latent.shape, 0 if prefix is None else prefix.shape[2], settings)
+    noise = draw_noise(latent.shape, 0 if prefix is None else prefix.shape[2], settings, 0, windows)
     noise = noise.to(latent.device, settings.state)
     if is_empty(latent):
         return noise
@@ -369,18 +370,20 @@ def check_latent(latent: Tensor, settings: Settings) -> None:
         )
 
 
-def draw_noise(shape: Sequence[int], prefix: int, settings: Settings, step: int = 0) -> Tensor:
+def draw_noise(
+    shape: Sequence[int], prefix: int, settings: Settings, step: int = 0, windows: Windows | None = None
+) -> Tensor:
     """Normal noise (b, 16, P+T, h, w) fp32 for a canvas (b, 16, T, h, w) and `prefix` frames in front of it.
 
     The whole batch is one draw: for the same seed these are DiffSynth-Studio's and ComfyUI's numbers. The prefix is
     drawn afterwards, so that it does not change the canvas's noise. Each step that wants more has a seed of its own, so
-    that one that is done again finds the same.
+    that one that is done again finds the same. windows: that may share it.
     """
-    device = settings.rand_device
+    device, seed = settings.rand_device, (settings.seed + step) % 2**64
     try:
-        generator = torch.Generator(device).manual_seed((settings.seed + step) % 2**64)
+        generator = torch.Generator(device).manual_seed(seed)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise InputError(f"This computer cannot draw noise on rand_device {device!r}. Choose 'cpu'.") from error
     noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
     front = torch.randn((*shape[:2], prefix, *shape[3:]), generator=generator, device=device, dtype=torch.float32)
-    return torch.cat([front, noise], dim=2)
+    return torch.cat([front, noise if windows is None else windows.shared(noise, seed)], dim=2)
