@@ -48,7 +48,7 @@ class FakeModel:
     """What the sampler uses of a WanModel, around any trunk."""
 
     device, compute_dtype, attention = torch.device("cpu"), torch.float32, "auto"
-    cache = windows = compile = None
+    cache = windows = compile = riflex = None
 
     def __init__(self, trunk):
         self.trunk, self.layout, self.attachments = trunk, trunk.layout, []
