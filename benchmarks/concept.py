@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from comfyui_wanflow.example_workflows import pink
 from comfyui_wanflow.example_workflows.pink import CONCEPT, FRAMES, RGB, SIZE, concept_facts
-from comfyui_wanflow.wan_core.loading.load import load_model, load_text_encoder, load_vae
 from comfyui_wanflow.wan_core.loading.lora_files import load_lora
 from comfyui_wanflow.wan_core.tiny import measure, world
-from comfyui_wanflow.wan_core.tiny.evaluate import held_out_facts, make_videos, scores
+from comfyui_wanflow.wan_core.tiny.perform import Studio
+from comfyui_wanflow.wan_core.tiny.tasks import TASKS, Sample, fact_scores, samples, wordings
 from comfyui_wanflow.wan_core.training.cache import Cache
 from comfyui_wanflow.wan_core.training.dataset import list_items
 from comfyui_wanflow.wan_core.training.examples import Encoders, prepare
@@ -28,8 +29,6 @@ from comfyui_wanflow.wan_core.training.framing import Framing
 from comfyui_wanflow.wan_core.training.loop import Settings, train
 from comfyui_wanflow.wan_core.training.trainee import new_lora
 from comfyui_wanflow.wan_core.video import save_video
-
-MODEL = "WanTiny-T2V"
 
 
 def write_clips(folder: Path, count: int) -> None:
@@ -52,16 +51,18 @@ def shown_color(video: np.ndarray) -> str:
     return min(palette, key=lambda name: np.square(color - palette[name]).sum())
 
 
-def measured(model, text_encoder, vae, count: int) -> dict[str, float]:
+def measured(studio: Studio, count: int) -> dict[str, float]:
     """Shares of `count` captions of each kind that were shown right."""
-    order = np.random.default_rng(1).permutation(len(unseen := concept_facts()[1]))
-    facts = [unseen[i] for i in order[:count]]
-    videos = make_videos(model, text_encoder, vae, facts, frames=FRAMES)
+    generator = np.random.default_rng(1)
+    unseen = concept_facts()[1]
+    scenes = [world.random_scene(generator, unseen[index]) for index in generator.permutation(len(unseen))[:count]]
+    asked = [Sample(scene, wordings(scene), pink.render(scene)) for scene in scenes]
+    videos = studio.perform(TASKS["T2V"], asked)
     found = {CONCEPT: float(np.mean([shown_color(video) == CONCEPT for video in videos]))}
-    found |= {f"{CONCEPT}: {name}": share for name, share in scores(videos, facts).items() if name != "color"}
-    known = held_out_facts(count)
-    others = make_videos(model, text_encoder, vae, known, frames=FRAMES)
-    return found | {f"others: {name}": share for name, share in scores(others, known).items()}
+    found |= {f"{CONCEPT}: {name}": share for name, share in fact_scores(videos, asked, skip=("color",)).items()}
+    known = samples(TASKS["I2V"], count, seed=1, held_out=True)
+    others = fact_scores(studio.perform(TASKS["T2V"], known), known)
+    return found | {f"others: {name}": share for name, share in others.items()}
 
 
 def main() -> None:
@@ -75,21 +76,21 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32, help="captions of each kind to make videos of")
     options = parser.parse_args()
 
-    model, text_encoder, vae = load_model(MODEL), load_text_encoder(MODEL), load_vae(MODEL)
+    studio = Studio.of("T2V")
     if not (options.out / "clips").exists():
         write_clips(options.out / "clips", options.clips)
     items, _ = list_items(options.out / "clips")
-    framing, encoders = Framing(FRAMES, SIZE, SIZE), Encoders(vae, text_encoder)
+    framing, encoders = Framing(FRAMES, SIZE, SIZE), Encoders(studio.encoders.vae, studio.text_encoder)
     examples, _ = prepare(items, framing, encoders, Cache(options.out / "cache"))
     settings = Settings(
         learning_rate=options.rate, num_epochs=options.epochs, batch_size=options.batch, shift=3.0, warmup_steps=10
     )
     begin = time.monotonic()
-    losses = train(new_lora(model, options.rank), examples, settings, options.out / "training", say_step)
+    losses = train(new_lora(studio.model, options.rank), examples, settings, options.out / "training", say_step)
     seconds = time.monotonic() - begin
     lora = load_lora(options.out / "training" / f"epoch-{options.epochs - 1}.safetensors")
-    before = measured(model, text_encoder, vae, options.count)
-    after = measured(model.with_lora(lora), text_encoder, vae, options.count)
+    before = measured(studio, options.count)
+    after = measured(replace(studio, model=studio.model.with_lora(lora)), options.count)
     results = {"steps": len(losses), "seconds": round(seconds, 1), "before": before, "after": after}
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"{len(losses)} steps, {seconds:.0f} s")

@@ -395,6 +395,7 @@ def test_nodes_make_new_handles(model):
     assert cached.cache == TeaCache(0.2, "DiffSynth", "T2V-14B", 0.1, 0.9, "cpu")
     (windowed,) = SlideWindow.execute(cached, 21, 11).args
     (compiled,) = CompileModel.execute(windowed, "default", False).args
-    assert compiled.windows == Windows(21, 11, "DiffSynth", "overlap-linear", False) and compiled.compile == Compile("default", False)
+    assert compiled.windows == Windows(21, 11, "DiffSynth", "overlap-linear", False)
+    assert compiled.compile == Compile("default", False)
     assert compiled.cache is cached.cache and compiled.module is model.module
     assert model.cache is model.windows is model.compile is None

@@ -1,50 +1,62 @@
-"""WanTiny's training: it learns, and a run that was stopped goes on as if it had not been."""
+"""WanTiny's trainings: each begins with what is known, learns, and goes on after a stop as if there had been none."""
 
-import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from comfyui_wanflow.wan_core.loading.load import load_model, load_vae
+from comfyui_wanflow.wan_core.models.image_encoder import ImageEncoderLayout
 from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD
-from comfyui_wanflow.wan_core.sampling.schedules import shifted
-from comfyui_wanflow.wan_core.tiny import train_dit, train_text, train_vae, world
-from comfyui_wanflow.wan_core.training.flow import flow_matching_loss
-from safetensors.torch import save_file
+from comfyui_wanflow.wan_core.sampling.loop import Settings, sample
+from comfyui_wanflow.wan_core.tiny import train, train_image, train_text, train_vae, world
+from comfyui_wanflow.wan_core.tiny.tasks import TASKS, Encoders, samples
+from comfyui_wanflow.wan_core.training.muon import Muon
+from safetensors.torch import load_file, save_file
 
-LAYOUT = DiTLayout(dim=128, ffn_dim=64, layers=1, heads=1)
 SHORT = (train_vae.Stage(steps=4, batch=1, frames=5, size=16, rate=1e-3),)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def smaller():
+    """The same models, with fewer layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "LAYOUT", DiTLayout(dim=128, ffn_dim=64, layers=2, heads=1))
+        patch.setattr(train_image, "LAYOUT", ImageEncoderLayout(dim=80, mlp_dim=80, heads=1, layers=1))
+        yield
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Untrained weights where train_dit looks for them."""
+def folder(smaller, tmp_path_factory):
+    """Untrained encoders where trainings look for them, and a T2V model after one step."""
     folder = tmp_path_factory.mktemp("tiny")
     size = train_text.write_tokenizer(folder / "google" / "umt5-xxl")
-    for name, module in {
-        "models_t5_umt5-xxl-enc-bf16": train_text.new_encoder(size, 0),
-        "Wan2.1_VAE": train_vae.new_vae(0),
+    for file, weights in {
+        train.TEXT: train_text.new_encoder(size, 0).state_dict(),
+        train.VAE: train_vae.new_vae(0).state_dict(),
+        train.IMAGE: train_image.complete(train_image.new_encoder(0)),
     }.items():
-        save_file({k: v.half().contiguous() for k, v in module.state_dict().items()}, folder / f"{name}.safetensors")
+        save_file({name: weight.half().contiguous() for name, weight in weights.items()}, folder / file)
+    train.train("T2V", folder, short("T2V", steps=1), batch_size=1)
     return folder
+
+
+def short(name: str, steps: int) -> train.Recipe:
+    return replace(train.RECIPES[name], clips=2, steps=steps)
 
 
 def stop_after(monkeypatch, steps: int):
     """Let the training's optimizer fail at the step after `steps`."""
     left = iter(range(steps))
-    real = torch.optim.AdamW.step
+    real = Muon.step
 
     def step(self, *args, **kwargs):
         if next(left, None) is None:
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-
-
-def assert_equal(first, second):
-    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    monkeypatch.setattr(Muon, "step", step)
 
 
 def test_the_vae_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -53,18 +65,24 @@ def test_the_vae_resumes_bit_for_bit(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 2)
         train_vae.train(tmp_path, stages=SHORT, checkpoint_seconds=0)
-    assert_equal(whole, train_vae.train(tmp_path, stages=SHORT, checkpoint_seconds=0))
+    resumed = train_vae.train(tmp_path, stages=SHORT, checkpoint_seconds=0)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
 
 
-def test_the_transformer_resumes_bit_for_bit(folder, tmp_path, monkeypatch):
-    def train(checkpoint_seconds):
-        return train_dit.train(folder, 4, 2, 1e-3, 0, LAYOUT, {5: 4}, checkpoint_seconds)
-
-    whole = train(1e9)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 2)
-        train(0)
-    assert_equal(whole, train(0))
+@pytest.mark.parametrize("name", [name for name in train.RECIPES if name != "T2V"])
+def test_every_model_learns_its_own_layers_from_where_it_begins(folder, name):
+    recipe = short(name, steps=2)
+    if recipe.begins != "T2V" and not (folder / recipe.begins / train.MODEL).exists():
+        train.train(recipe.begins, folder, short(recipe.begins, steps=1), batch_size=2)
+    file = train.train(name, folder, recipe, batch_size=2)
+    before, after = load_file(folder / name / "start.safetensors"), load_file(file)
+    learned = {key for key in after if not torch.equal(after[key].float(), before[key].float())}
+    assert learned
+    if "dit" in recipe.parts:
+        assert not any(key.startswith(("text_embedding.", "time_")) or ".ffn." in key for key in learned)
+    task = recipe.tasks[-1]
+    assert train.trained(task, folder).layout == train.begin(name, folder).layout
 
 
 def test_calibrated_latents_have_the_published_statistics():
@@ -77,26 +95,6 @@ def test_calibrated_latents_have_the_published_statistics():
     torch.testing.assert_close(latents.std((0, 2, 3, 4)) / torch.tensor(LATENT_STD), torch.ones(16), atol=0.3, rtol=0)
     after = vae.decode_whole(vae.encode_whole(pixels))
     torch.testing.assert_close(before, after, atol=1e-3, rtol=1e-3)  # the picture is the same
-
-
-def test_one_clip_can_be_learned(folder):
-    """The loss of a fixed batch falls well below that of predicting nothing."""
-    torch.manual_seed(0)
-    dit = train_dit.DiT(LAYOUT)
-    latents, noise = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 16, 2, 4, 4)
-    text, sigmas = torch.randn(1, 4, 4096), torch.tensor([0.5])
-    optimizer = train_dit.new_optimizer(dit)
-    for group in optimizer.param_groups:
-        group["lr"] = 3e-3 * group["share"]
-    losses = []
-    for _ in range(30):
-        loss = flow_matching_loss(dit, latents, text, sigmas, noise)
-        optimizer.zero_grad()
-        loss.sum().backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx((noise - latents).square().mean().item(), rel=1e-5)  # the head begins at zero
-    assert losses[-1] < 0.3 * losses[0]
 
 
 def test_roles_follow_from_the_caption():
@@ -115,17 +113,19 @@ def test_roles_follow_from_the_caption():
 
 
 def test_training_clips_show_no_held_out_combination(folder):
-    _, facts = train_dit.make_latents(train_dit.load_vae(folder), 5, 4, folder / "latents_5.pt")
-    assert len(facts) == 4 and not any(world.is_held_out(f) for f in facts)
+    seen = samples(TASKS["T2V"], 40, seed=7, held_out=False)
+    assert not any(world.is_held_out(sample.scene.words) for sample in seen)
+    rows = train.encoded(TASKS["T2V"], 2, Encoders(load_vae(folder / train.VAE)))
+    assert [row.captions for row in rows] == [sample.captions for sample in seen[:2]]
 
 
-def test_shifted_sigmas():
-    uniform = torch.tensor([0.0, 0.5, 1.0])
-    torch.testing.assert_close(shifted(uniform, 3.0), torch.tensor([0.0, 0.75, 1.0]))
-    assert torch.equal(shifted(uniform, 1.0), uniform)
-
-
-def test_learning_rates_warm_up_and_fall():
-    rates = [train_dit.learning_rate(step, 1000, 1.0) for step in range(1000)]
-    assert rates[0] < 0.01 and max(rates) > 0.85 and rates[-1] < 0.03
-    assert all(math.isfinite(rate) and rate > 0 for rate in rates)
+@pytest.mark.parametrize("name", ["VACE", "Speed"])
+def test_a_module_beside_the_transformer_begins_without_a_say(folder, name):
+    task, encoders = TASKS[name], Encoders(load_vae(folder / train.VAE))
+    given = samples(task, 1, seed=0, held_out=False)[0]
+    settings, text, latent = Settings(seed=1, steps=2, cfg=1.0), torch.randn(1, 5, 4096), torch.zeros(1, 16, 5, 8, 8)
+    plain = sample(load_model(folder / "T2V" / train.MODEL), text, None, latent, settings)
+    model = train.begin(name, folder)
+    asked = task.conditions(given, encoders)
+    begun = sample(model, text, None, latent, settings, asked)
+    torch.testing.assert_close(begun, plain, atol=1e-5, rtol=1e-4)

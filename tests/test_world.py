@@ -62,6 +62,18 @@ def test_noise_does_not_fool_the_reading():
         assert (reading.color, reading.shape, reading.direction, reading.background) == scene.words
 
 
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_a_shape_with_a_bump_and_a_soft_corner_is_still_told(shape):
+    """A thin bump makes the bounding box a quarter larger and the shape hardly."""
+    scene = world.Scene("red", shape, "up", "white", radius=0.22, travel=0.0)
+    clip = world.render(scene, 3)
+    mask = measure.shape_mask(clip)[0]
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    clip[:, rows[-1] - 4 : rows[-1] - 1, columns[-1] : columns[-1] + 7] = clip[:, 32:33, 32:33]
+    clip[:, rows[-1] - 1 : rows[-1] + 1, columns[0] : columns[0] + 3] = clip[:, :1, :1]
+    assert measure.read_shape(clip) == shape
+
+
 def test_an_empty_picture_has_no_shape():
     reading = measure.read(np.full((9, 64, 64, 3), measure.PALETTE[2], np.float32))
     assert reading == measure.Reading(None, None, None, "blue")

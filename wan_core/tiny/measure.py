@@ -6,12 +6,14 @@ All functions take frames as (frames, height, width, 3) float in 0..1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from .world import COLORS, DIRECTIONS
+from .world import COLORS, DIRECTIONS, SHAPES, coverage
 
 PALETTE = np.array(list(COLORS.values()), np.float32) / 255
+LEAST_PIXELS = 4  # of a shape, in a frame that shows it
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,35 @@ def read_direction(frames: np.ndarray, least: float = 0.08) -> str | None:
 
 
 def read_shape(frames: np.ndarray) -> str | None:
-    """Circle, square or triangle by how much of its bounding box the shape fills (0.79, 1 and 0.5)."""
-    fills = []
-    for mask in shape_mask(frames):
-        # a row or column of the box holds two pixels or more: single ones are noise
-        rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
-        if len(rows) > 2 and len(columns) > 2:
-            box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
-            fills.append(mask.sum() / box)
-    if not fills:
+    """The shape of the world that the mask overlaps most, if drawn at the mask's centre and as large: by the
+    intersection over union, in the mean of all frames. None where there is no shape."""
+    masks = [mask for mask in shape_mask(frames) if mask.sum() >= LEAST_PIXELS]
+    if not masks:
         return None
-    fill = float(np.median(fills))
-    return "square" if fill > 0.9 else "circle" if fill > 0.66 else "triangle"
+    return max(SHAPES, key=lambda shape: sum(overlap(mask, drawn_alike(mask, shape)) for mask in masks))
+
+
+def drawn_alike(mask: np.ndarray, shape: str) -> np.ndarray:
+    """The shape with the centre and the area of a mask (height, width), as a mask."""
+    area, offset_x, offset_y = proportions(shape)
+    rows, columns = np.indices(mask.shape)
+    radius = np.sqrt(mask.sum() / area)
+    x, y = columns[mask].mean() - offset_x * radius, rows[mask].mean() - offset_y * radius
+    return coverage(shape, columns - x, rows - y, radius, pixel=1.0) >= 0.5
+
+
+@cache
+def proportions(shape: str) -> tuple[float, float, float]:
+    """Of a shape of radius 1: its area, and where the centre of that lies, (x, y)."""
+    side = np.arange(-1.5, 1.5, 0.01) + 0.005
+    cover = coverage(shape, side[None], side[:, None], 1.0, pixel=0.01)
+    return cover.sum() * 0.01**2, np.average(side, weights=cover.sum(0)), np.average(side, weights=cover.sum(1))
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """The intersection over union of two masks; 1 where both are empty."""
+    union = (first | second).sum()
+    return float((first & second).sum() / union) if union else 1.0
 
 
 def read(frames: np.ndarray) -> Reading:
@@ -97,7 +116,7 @@ def read(frames: np.ndarray) -> Reading:
     mask = shape_mask(frames)
     indices = nearest_color(frames)
     background = most_common(indices[~mask]) if (~mask).any() else most_common(indices)
-    if mask.sum() < 4 * len(frames):
+    if mask.sum() < LEAST_PIXELS * len(frames):
         return Reading(None, None, None, background)
     inner = mask & np.roll(mask, 1, 1) & np.roll(mask, -1, 1) & np.roll(mask, 1, 2) & np.roll(mask, -1, 2)
     color = most_common(indices[inner if inner.any() else mask])  # edges are mixed colours

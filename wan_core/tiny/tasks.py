@@ -281,8 +281,7 @@ def seen_drift(poses: Tensor) -> np.ndarray:
 
 def overlap(video: np.ndarray, clip: np.ndarray) -> float:
     """Intersection over union of the shapes' masks, over all frames."""
-    a, b = measure.shape_mask(video), measure.shape_mask(clip)
-    return float((a & b).sum() / max(1, (a | b).sum()))
+    return measure.overlap(measure.shape_mask(video), measure.shape_mask(clip))
 
 
 def decibel(videos: Sequence[np.ndarray], samples: Sequence[Sample], frame: int) -> float:

@@ -11,6 +11,7 @@ A minute on one core.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from ..models.tokenizer import Tokenizer
 from . import world
 
 WORDS = (
-    *world.COLORS, *world.SHAPES, *world.DIRECTIONS, "background", "moves", "moving", "a", "an", "the", "on", "in",
-    "to", "from", "with", "and", "of", "is", "that", "over", "which", "front",
+    *world.ALL_COLORS, *world.SHAPES, *world.OTHER_SHAPES, *world.DIRECTIONS, "background", "moves", "moving", "a",
+    "an", "the", "on", "in", "to", "from", "with", "and", "of", "is", "that", "over", "which", "front",
 )  # fmt: skip
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"-()"
 
@@ -36,12 +37,13 @@ TEMPLATES = (
     "the {color} {shape} moves to the {direction} over a {background} background",
     "a {background} background with a {color} {shape} that moves {direction}",
 )
+STILL = "a {color} {shape} on a {background} background"  # what is said of a shape that does not move by itself
 
 
-def captions(facts: tuple[str, str, str, str]) -> list[str]:
+def captions(facts: tuple[str, str, str, str], templates: Sequence[str] = TEMPLATES) -> list[str]:
     """The same facts in every wording; the first is the scene's own caption."""
     names = dict(zip(("color", "shape", "direction", "background"), facts, strict=True))
-    return [template.format(**names) for template in TEMPLATES]
+    return [template.format(**names) for template in templates]
 
 
 def write_tokenizer(folder: Path) -> int:
@@ -70,7 +72,7 @@ NO_ROLE = 4  # after color, shape, direction, background
 
 def tokenized(tokenizer: Tokenizer, facts: list, wording: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Token numbers (b, L), mask (b, L) and the role of every token (b, L)."""
-    tokens = tokenizer([captions(f)[w] for f, w in zip(facts, wording, strict=True)])
+    tokens = tokenizer([captions(f, (*TEMPLATES, STILL))[w] for f, w in zip(facts, wording, strict=True)])
     words = tokenizer([" ".join(f) for f in facts]).ids[:, :4]  # each fact is one word and one token
     same = tokens.ids[:, :, None] == words[:, None]  # (b, L, 4)
     roles = torch.where(same.any(-1), same.int().argmax(-1), NO_ROLE)
@@ -109,7 +111,7 @@ def train(out: Path, steps: int, seed: int = 0) -> UMT5Encoder:
     generator = np.random.default_rng(seed)
     for step in range(steps):
         chosen = [facts[i] for i in generator.integers(len(facts), size=16)]
-        ids, mask, roles = tokenized(tokenizer, chosen, list(generator.integers(len(TEMPLATES), size=16)))
+        ids, mask, roles = tokenized(tokenizer, chosen, list(generator.integers(len(TEMPLATES) + 1, size=16)))
         loss = F.cross_entropy(head(encoder(ids, mask))[mask], roles[mask])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -76,8 +76,8 @@ def random_scene(
     generator: np.random.Generator, facts: tuple[str, str, str, str], travel: float | None = None
 ) -> Scene:
     """A scene for these facts whose shape stays whole inside a square picture all the time."""
-    radius = generator.uniform(0.14, 0.22)
-    travel = generator.uniform(0.3, 0.45) if travel is None else travel
+    radius = generator.uniform(0.19, 0.27)
+    travel = generator.uniform(0.25, 0.4) if travel is None else travel
     dx, dy = DIRECTIONS[facts[2]]
     reach_x, reach_y = radius + abs(dx) * travel / 2 + 0.02, radius + abs(dy) * travel / 2 + 0.02
     x = generator.uniform(reach_x, 1 - reach_x)
