@@ -84,7 +84,7 @@ class LoadModel(io.ComfyNode):
                     "model",
                     options=offered("dit", "diffusion_models"),
                     default="WanTiny-T2V",
-                    tooltip="A catalogued model or a file in models/diffusion_models. WanTiny is a built-in toy.",
+                    tooltip="A catalogued model or a file in models/diffusion_models. WanTiny are built-in toys.",
                 ),
                 dtype_input(STORAGE),
                 io.Combo.Input(
@@ -201,7 +201,7 @@ class LoadImageEncoder(io.ComfyNode):
                     options=offered("image_encoder", "clip_vision"),
                     default="Wan2.1-I2V-14B-480P",
                     tooltip="The encoder of a catalogued model, or a file in models/clip_vision. "
-                    "All Wan 2.1 models share one.",
+                    "WanTiny has its own; all other Wan 2.1 models share one.",
                 ),
                 dtype_input(),
                 files_input(),

@@ -204,10 +204,10 @@ class TestModels:
             (folder / "models" / name).touch()
         assert main(["models"]) == 0
         lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-        assert len(lines) == 20
+        assert len(lines) == 28
         assert lines["Wan2.1-T2V-14B"] == "missing: dit, tokenizer"
         assert lines["Wan2.1-I2V-14B-480P"] == "missing: dit, tokenizer, image encoder"
-        assert lines["WanTiny-T2V"] == "here, 14.1 MB"
+        assert all(lines[name].startswith("here, ") for name in lines if name.startswith("WanTiny-"))
 
     def test_shows_the_files_of_one(self, folder, capsys):
         (folder / "models/Wan-AI/Wan2.1-T2V-14B").mkdir(parents=True)

@@ -49,7 +49,7 @@ def test_cameras_are_called_after_where_they_turn():
         assert evaluate.heading(scene).title().replace(" ", "") == name
 
 
-@pytest.mark.parametrize("name, kinds", [("T2V", 1), ("Control-Camera", 8), ("VACE", 3)])
+@pytest.mark.parametrize("name, kinds", [("T2V", 1), ("Control-Camera", 8), ("VACE", 4)])
 def test_every_kind_of_sample_is_measured_as_often(name, kinds):
     found = evaluate.even(name, 24)
     assert [len(some) for some in found.values()] == [24 // kinds] * kinds

@@ -21,11 +21,13 @@ from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.slots import Run
 from comfyui_wanflow.wan_core.models.text_encoder import UMT5Encoder, UMT5Layout
 from comfyui_wanflow.wan_core.models.vae import VideoVAE
+from published import layout_of
 from safetensors.torch import save_file
 from sparse import MANIFEST, published_shapes, write_sparse
 
 DIT = DiTLayout(dim=128, ffn_dim=64, layers=2, heads=1, text_dim=32)
 UMT5 = UMT5Layout(vocabulary=9, dim=32, attention_dim=8, ffn_dim=16, heads=2, layers=2)
+PARTS = {"vace": "vace", "motion_controller": "speed"}  # beside the trunk, and the adapters that they are for
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "moves", "left"]
 
 
@@ -459,17 +461,28 @@ class TestPublished:
 
 
 class TestCatalog:
-    def test_nineteen_published_models_and_the_toy(self):
-        assert len(catalog.CATALOG) == 20
-        assert len(catalog.BY_NAME) == 20
+    def test_nineteen_published_models_and_the_toys(self):
+        assert len(catalog.PUBLISHED) == 19
+        assert len(catalog.CATALOG) == len(catalog.BY_NAME) == 28
         assert catalog.CATALOG[0].name == "WanTiny-T2V"
         assert all({"dit", "text_encoder", "tokenizer", "vae"} <= row.files.keys() for row in catalog.CATALOG)
 
     def test_common_files_are_offered_once(self):
         assert catalog.names("text_encoder") == ["WanTiny-T2V", "Wan2.1-T2V-1.3B"]
         assert catalog.names("vae") == ["WanTiny-T2V", "Wan2.1-T2V-1.3B"]
-        assert len(catalog.names("dit")) == 19  # speed control runs on the weights of T2V-1.3B
+        assert catalog.names("image_encoder") == ["Wan2.1-I2V-14B-480P", "WanTiny-I2V"]
+        assert len(catalog.names("dit")) == 26  # speed control runs on the weights of T2V, the toy's too
         assert catalog.source_of("Wan2.1-VACE-14B", "vae").model_id == "Wan-AI/Wan2.1-T2V-1.3B"
+
+    @pytest.mark.parametrize("row", catalog.TOYS, ids=lambda row: row.name)
+    def test_a_toy_takes_what_its_row_says(self, row):
+        model, wanted = load_model(row.name, device="cpu"), layout_of(row)
+        assert (model.name, model.preset) == (row.name, row.preset)
+        assert row.preset == (catalog.TOY if "speed" in row.adapters else catalog.TOLD_BY_MORE)
+        for name in ("in_dim", "image_tokens", "image_positions", "reference", "camera_channels"):
+            assert getattr(model.layout, name) == getattr(wanted, name)
+        assert model.beside.keys() == {part for part, adapter in PARTS.items() if adapter in row.adapters}
+        assert all(download.find(source) for source in row.files.values())
 
     def test_a_model_without_such_a_file(self):
         with pytest.raises(FileError, match="Wan2.1-T2V-14B has no image encoder"):

@@ -16,7 +16,7 @@ from comfyui_wanflow.nodes.headless.toys import CAPTIONS, DISTILLED, PICTURES, S
 from comfyui_wanflow.nodes.headless.twin import toy_called, toy_for, twin
 from comfyui_wanflow.nodes.headless.validate import WorkflowError, is_link, validate
 from comfyui_wanflow.nodes.host import host
-from comfyui_wanflow.wan_core.loading.catalog import BY_NAME, LORAS
+from comfyui_wanflow.wan_core.loading.catalog import LORAS
 from comfyui_wanflow.wan_core.models.dit import DiT
 from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.tiny import world
@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 
 EXAMPLES = workflows()
 RUNNER = Runner([*node_classes(), *core_nodes.NODES], host)
-needs_the_family = pytest.mark.skipif("WanTiny-VACE" not in BY_NAME, reason="the family is not in the catalogue yet")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,6 @@ def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
 
-@needs_the_family
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_s_twin_is_the_same_graph_for_the_toys(name):
     made = twin(EXAMPLES[name])
@@ -180,7 +178,6 @@ def test_help_tells_of_it(capsys):
     assert "--tiny" in capsys.readouterr().out
 
 
-@needs_the_family
 def test_twins_are_shown_with_what_they_are_made_of():
     video = numpy.linspace(0, 1, 17, dtype=numpy.float32)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
     shown = [Exhibit([name], twin(workflow), video) for name, workflow in EXAMPLES.items()]

@@ -73,11 +73,6 @@ def at_most(limit: int) -> Callable[[Any], Any]:
     return lambda value: min(value, limit) if isinstance(value, (int, float)) else value
 
 
-def guided(cfg: Any) -> Any:
-    """Exactly 1 stays: it means no guidance."""
-    return cfg if cfg == 1 else PRESET.cfg
-
-
 def lively(speed: Any) -> Any:
     """At least as fast as the toys' cameras, which have fewer frames for their way."""
     return math.copysign(max(abs(speed), 0.016), speed) if isinstance(speed, (int, float)) and speed else speed
@@ -96,7 +91,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "WanFlowLoadImageEncoder": {"image_encoder": "WanTiny-I2V", "files": ""},
     "WanFlowEmptyLatent": {"width": PRESET.width, "height": PRESET.height, "num_frames": PRESET.num_frames},
     "WanFlowFewSteps": {"preset": DISTILLED},
-    "WanFlowSampler": {"steps": at_most(PRESET.steps), "cfg": guided, "shift": at_most(PRESET.shift)},
+    "WanFlowSampler": {"steps": at_most(PRESET.steps), "shift": at_most(PRESET.shift)},
     "WanFlowCamera": {"speed": lively},
     "WanFlowLoadVideo": CLIP,
     "WanFlowSaveVideo": SAVED,

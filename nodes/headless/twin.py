@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...wan_core.errors import FileError
-from ...wan_core.loading.catalog import offered_as
+from ...wan_core.loading.catalog import BY_NAME, offered_as
 from ...wan_core.loading.identify import identify
 from ...wan_core.loading.outline import open_outline
 from ..host.standalone import host
@@ -51,6 +51,7 @@ def twin(workflow: Workflow) -> Workflow:
         raise WorkflowError(problems)
     given = {(node["class_type"], name) for node in workflow.values() for name in node["inputs"]}
     give_loras(workflow)
+    give_guidance(workflow)
     give_pictures(workflow, given)
     give_captions(workflow, given)
     return workflow
@@ -98,6 +99,15 @@ def give_loras(workflow: Workflow) -> None:
             node["inputs"]["lora_name"] = toy
             if lora != toy:
                 host.say(f"In the place of the LoRA {lora} is {toy}.")
+
+
+def give_guidance(workflow: Workflow) -> None:
+    """Its toys' own. Exactly 1 stays: it means none."""
+    named = [node["inputs"].get(name) for node in workflow.values() for name in ("model", "module")]
+    cfg = min((BY_NAME[toy].preset.cfg for toy in named if isinstance(toy, str) and toy in BY_NAME), default=PRESET.cfg)
+    for node in workflow.values():
+        if node["class_type"] == "WanFlowSampler" and isinstance(node["inputs"].get("cfg"), (int, float)):
+            node["inputs"]["cfg"] = 1 if node["inputs"]["cfg"] == 1 else cfg
 
 
 def give_pictures(workflow: Workflow, given: set[tuple[str, str]]) -> None:

@@ -75,6 +75,9 @@ TINY = {
     "tokenizer": Source("", "google/umt5-xxl/"),
     "vae": Source("", "Wan2.1_VAE.safetensors"),
 }
+TINY_IMAGE = TINY | {
+    "image_encoder": Source("", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors"),
+}
 
 VIDEO = Preset()
 VIDEO_720P = replace(VIDEO, width=1280, height=720)
@@ -83,10 +86,17 @@ IMAGE_720P = replace(VIDEO_720P, steps=40)
 FIRST_LAST = replace(VIDEO_720P, shift=16.0)
 CONTROL = replace(VIDEO, num_frames=49)
 TOY = Preset(width=64, height=64, num_frames=17, steps=20, shift=3.0, cfg=6.0, fps=8, negative_prompt="")
+TOLD_BY_MORE = replace(TOY, cfg=1.0)  # what pictures say, guidance by the caption only blurs
 
 
 def _row(model_id: str, files: dict[str, Source], adapters: tuple[str, ...] = (), preset: Preset = VIDEO) -> Row:
     return Row(model_id.split("/")[1], {"dit": Source(model_id, WEIGHTS)} | files, adapters, preset)
+
+
+def _toy(task: str, files: dict[str, Source], adapters: tuple[str, ...]) -> Row:
+    """A toy with a folder of its own, whose index leads to what it shares with others (see tiny/pack.py)."""
+    index = Source("", f"{task}/diffusion_pytorch_model.safetensors.index.json")
+    return Row(f"WanTiny-{task}", files | {"dit": index}, adapters, TOLD_BY_MORE)
 
 
 PUBLISHED = (
@@ -115,7 +125,18 @@ PUBLISHED = (
         ("speed",),
     ),
 )  # fmt: skip
-CATALOG = (Row("WanTiny-T2V", TINY, preset=TOY), *PUBLISHED)
+TOYS = (
+    _toy("I2V", TINY_IMAGE, ("image",)),
+    _toy("FLF2V", TINY_IMAGE, ("image", "last_image")),
+    _toy("Fun-InP", TINY_IMAGE, ("image", "last_image")),
+    _toy("Fun-Control", TINY_IMAGE, ("control", "image")),
+    _toy("Fun-V1.1-Control", TINY_IMAGE, ("control", "image", "reference")),
+    _toy("Fun-V1.1-Control-Camera", TINY_IMAGE, ("image", "camera")),
+    _toy("VACE", TINY, ("vace",)),
+    Row("WanTiny-speedcontrol", TINY | {"motion_controller": Source("", "speedcontrol/model.safetensors")},
+        ("speed",), TOY),
+)  # fmt: skip
+CATALOG = (Row("WanTiny-T2V", TINY, preset=TOY), *PUBLISHED, *TOYS)
 BY_NAME = {row.name: row for row in CATALOG}
 LORAS = {"WanTiny-T2V-4steps": Source("", "WanTiny-T2V-4steps.safetensors")}
 

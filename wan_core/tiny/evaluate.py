@@ -43,6 +43,7 @@ KEPT = {
     "box": "all but a box around the shape",
     "later": "the first frames",
     "reference": "a picture of the shape",
+    "outlines": "outlines, and a picture of the shape",
 }
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..adapters.injection import Condition
-from ..loading.catalog import TOY
+from ..loading.catalog import BY_NAME, TOY
 from ..loading.load import add_module, load_image_encoder, load_model, load_text_encoder, load_vae
 from ..model import WanModel, WanTextEncoder
 from ..sampling.loop import Settings, sample
 from ..size import latent_shape
 from .tasks import FRAMES, SIDE, Encoders, Sample, Task, shapes, stacked
 
-SETTINGS = Settings(seed=0, steps=TOY.steps, cfg=TOY.cfg, shift=TOY.shift)
+SETTINGS = Settings(seed=0, steps=TOY.steps, cfg=TOY.cfg, shift=TOY.shift)  # T2V's
 ROWS = 16  # videos at once
 
 MODELS = {
@@ -62,7 +62,9 @@ class Studio:
         model = load_model(MODELS[task]) if folder is None else trained(task, folder)
         text, vae, image = (MODELS[task] if folder is None else folder / file for file in (TEXT, VAE, IMAGE))
         looks = load_image_encoder(image) if model.layout.image_tokens else None
-        return cls(model=model, text_encoder=load_text_encoder(text), encoders=Encoders(load_vae(vae), looks))
+        settings = replace(SETTINGS, cfg=BY_NAME[MODELS[task]].preset.cfg)
+        encoders = Encoders(load_vae(vae), looks)
+        return cls(model=model, text_encoder=load_text_encoder(text), encoders=encoders, settings=settings)
 
     def videos(
         self,

@@ -188,15 +188,16 @@ class Camera(Task):
 
 class Repaint(Task):
     """VACE: a box with the shape, or the later part of the clip, is painted anew after the caption; the rest is kept.
-    In a third of the samples there is nothing but a picture of the shape, whose looks the caption leaves out."""
+    In half of the samples there is a picture of the shape, whose looks the caption leaves out: alone, or with outlines
+    to follow."""
 
     name = "VACE"
 
     def sample(self, generator, facts):
         scene = world.random_scene(generator, facts)
-        clip, kind = world.render(scene, FRAMES), ("box", "later", "reference")[generator.integers(3)]
+        clip, kind = world.render(scene, FRAMES), ("box", "later", "reference", "outlines")[generator.integers(4)]
         mask = np.ones((FRAMES, SIDE, SIDE), np.float32)
-        if kind == "reference":
+        if kind in ("reference", "outlines"):
             alone = replace(scene, travel=0.0, x=0.5, y=0.5, background="black" if scene.color == "white" else "white")
             captions = (f"moves {scene.direction} on a {scene.background} background",)
             return Sample(scene, captions, clip, (kind, mask, world.render(alone, 1)))
@@ -210,15 +211,18 @@ class Repaint(Task):
 
     def conditions(self, sample, encoders):
         kind, mask, reference = sample.given
-        video = None if kind == "reference" else torch.from_numpy(np.where(mask[..., None] > 0, 0.5, sample.clip))
-        reference = None if reference is None else torch.from_numpy(reference)
+        seen = {"reference": None, "outlines": outlines(sample.clip)}
+        video = seen.get(kind, np.where(mask[..., None] > 0, np.float32(0.5), sample.clip))
+        video, reference = (None if pixels is None else torch.from_numpy(pixels) for pixels in (video, reference))
         return (vace_condition(video, torch.from_numpy(mask), reference, SIZE, encoders.vae.encode),)
 
     def scores(self, videos, samples):
-        pairs = zip(videos, samples, strict=True)
+        pairs = list(zip(videos, samples, strict=True))
         errors = np.concatenate([np.square(video - sample.clip)[sample.given[1] == 0] for video, sample in pairs])
         kept = {"kept, dB": measure.decibel(errors.mean())} if errors.size else {}
-        return kept | fact_scores(videos, samples)
+        led = [overlap(video, sample.clip) > SAME_SHAPE for video, sample in pairs if sample.given[0] == "outlines"]
+        followed = {"control followed": float(np.mean(led))} if led else {}
+        return kept | followed | fact_scores(videos, samples)
 
 
 class Speed(Task):
