@@ -61,21 +61,24 @@ class Recipe:
 
 RECIPES = {
     "T2V": Recipe(("T2V",), learns=("*",), clips=6000, steps=6500, rate=2e-3),
-    "InP": Recipe(("I2V", "InP"), {"in_dim": 36, **LOOKS}, clips=1250),  # models of both kinds have the same layout
-    "FLF2V": Recipe(("FLF2V",), {"in_dim": 36, "image_positions": 514, **LOOKS}, begins="InP", clips=800, steps=600),
+    "InP": Recipe(  # models of both kinds have the same layout
+        ("I2V", "InP"), {"in_dim": 36, **LOOKS}, clips=1250, steps=2200
+    ),
+    "FLF2V": Recipe(("FLF2V",), {"in_dim": 36, "image_positions": 514, **LOOKS}, begins="InP", clips=1200, steps=600),
     "Control-Reference": Recipe(
         ("Control", "Control-Reference"),
         {"in_dim": 48, "reference": True, **LOOKS},
         learns=(*OWN_LAYERS, "ref_conv.*"),
-        clips=1000,
+        clips=1600,
     ),
     "Control-Camera": Recipe(
         ("Control-Camera",),
         {"in_dim": 32, "camera_channels": 24, **LOOKS},
         learns=(*OWN_LAYERS, "control_adapter.*"),
+        clips=2500,
     ),
-    "VACE": Recipe(("VACE",), parts=("vace",), learns=("*",), clips=2000, steps=2500),
-    "Speed": Recipe(("Speed",), parts=("motion_controller",), learns=("*",), clips=800, steps=1000),
+    "VACE": Recipe(("VACE",), parts=("vace",), learns=("*",), clips=3100, steps=3200),
+    "Speed": Recipe(("Speed",), parts=("motion_controller",), learns=("*",), clips=1500, steps=1000),
 }
 
 
