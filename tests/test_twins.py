@@ -62,6 +62,12 @@ def test_an_example_s_twin_is_the_same_graph_for_the_toys(name):
     assert made["9"]["inputs"]["filename_prefix"].endswith("-tiny")
 
 
+@pytest.mark.parametrize("name, cfg", [("Wan2.1-T2V-14B", 6), ("Wan2.1-1.3b-speedcontrol-v1", 6),
+                                       ("Wan2.1-I2V-14B-480P", 1), ("Wan2.1-VACE-14B", 1)])  # fmt: skip
+def test_guidance_is_as_strong_as_the_toy_needs_it(name, cfg):
+    assert twin(EXAMPLES[name])["7"]["inputs"]["cfg"] == cfg
+
+
 @pytest.mark.parametrize("name, toy", [
     ("Wan2.1-T2V-14B", "T2V"),
     ("wan2.1_t2v_1.3B_fp16.safetensors", "T2V"),

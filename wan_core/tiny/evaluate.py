@@ -17,12 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..loading.download import BUNDLED
 from ..loading.load import load_model
+from ..loading.lora_files import load_lora
 from ..model import WanVAE
 from ..offload.options import Offload
 from ..sampling.easycache import EasyCache
 from ..sampling.teacache import TeaCache
 from . import measure, world
+from .distil import NAME, STUDENT
 from .perform import MODELS, WEIGHTS, Studio, to_frames
 from .table import Row, origin, sheet, table, write_section
 from .tasks import TASKS, Sample, fact_scores, samples
@@ -171,6 +174,17 @@ def options(count: int, folder: Path | None) -> Iterator[Row]:
         yield like_plain(dtype, f"{share:.0%} of the bytes", replace(studio, model=model))
     resting = load_model(file, offload=Offload(rest_on="disk"))
     yield like_plain("offload", "weights rest on disk", replace(studio, model=resting))
+    yield from taught(studio, given, BUNDLED if folder is None else folder / "fewstep")
+
+
+def taught(studio: Studio, given: Sequence[Sample], folder: Path) -> Iterator[Row]:
+    """What a LoRA does at each strength: the distilled one, in its few steps."""
+    lora = load_lora(folder / f"{NAME}.safetensors")
+    for strength in (0.0, 0.5, 1.0):
+        student = replace(studio, model=studio.model.with_lora(lora, strength), settings=STUDENT)
+        videos = student.perform(TASKS["T2V"], given)
+        does = f"{NAME} at {strength:g}, {STUDENT.steps} steps, cfg {STUDENT.cfg:g}"
+        yield Row("LoRA", does, fact_scores(videos, given), videos)
 
 
 def main() -> None:
