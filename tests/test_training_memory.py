@@ -1,10 +1,10 @@
 """What a training step takes, foretold and counted: the living tensors of a step on the meta device, at true sizes."""
 
-import comfyui_wanflow.wan_core.models.dit as dit
 import pytest
 import torch
 from comfyui_wanflow.wan_core.lora import worked_in
 from comfyui_wanflow.wan_core.model import WanModel
+from comfyui_wanflow.wan_core.models import blocks, dit, slots
 from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.network import Network
 from comfyui_wanflow.wan_core.models.slots import Run
@@ -40,7 +40,8 @@ class Flash(torch.autograd.Function):
 def without_values(monkeypatch):
     """Meta tensors have no values to look at, and no flash attention."""
     monkeypatch.setattr(dit, "pad_text", lambda text: (text, None))
-    monkeypatch.setattr(dit, "attention", lambda q, k, v, *rest, **more: Flash.apply(q, k, v))
+    for module in (blocks, slots):  # attention to the text and the picture, and to the video itself
+        monkeypatch.setattr(module, "attention", lambda q, k, v, *rest, **more: Flash.apply(q, k, v))
     monkeypatch.setattr(trainees, "module_digest", lambda module: "")
 
 
