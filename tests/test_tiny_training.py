@@ -11,6 +11,7 @@ from comfyui_wanflow.wan_core.models.layout import DiTLayout
 from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD
 from comfyui_wanflow.wan_core.sampling.loop import Settings, sample
 from comfyui_wanflow.wan_core.tiny import train, train_image, train_text, train_vae, world
+from comfyui_wanflow.wan_core.tiny.perform import trained
 from comfyui_wanflow.wan_core.tiny.tasks import TASKS, Encoders, samples
 from comfyui_wanflow.wan_core.training.muon import Muon
 from safetensors.torch import load_file, save_file
@@ -73,7 +74,7 @@ def test_the_vae_resumes_bit_for_bit(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in train.RECIPES if name != "T2V"])
 def test_every_model_learns_its_own_layers_from_where_it_begins(folder, name):
     recipe = short(name, steps=2)
-    if recipe.begins != "T2V" and not (folder / recipe.begins / train.MODEL).exists():
+    if recipe.begins != "T2V" and not (folder / recipe.begins / train.WEIGHTS).exists():
         train.train(recipe.begins, folder, short(recipe.begins, steps=1), batch_size=2)
     file = train.train(name, folder, recipe, batch_size=2)
     before, after = load_file(folder / name / "start.safetensors"), load_file(file)
@@ -82,7 +83,7 @@ def test_every_model_learns_its_own_layers_from_where_it_begins(folder, name):
     if "dit" in recipe.parts:
         assert not any(key.startswith(("text_embedding.", "time_")) or ".ffn." in key for key in learned)
     task = recipe.tasks[-1]
-    assert train.trained(task, folder).layout == train.begin(name, folder).layout
+    assert trained(task, folder).layout == train.begin(name, folder).layout
 
 
 def test_calibrated_latents_have_the_published_statistics():
@@ -124,7 +125,7 @@ def test_a_module_beside_the_transformer_begins_without_a_say(folder, name):
     task, encoders = TASKS[name], Encoders(load_vae(folder / train.VAE))
     given = samples(task, 1, seed=0, held_out=False)[0]
     settings, text, latent = Settings(seed=1, steps=2, cfg=1.0), torch.randn(1, 5, 4096), torch.zeros(1, 16, 5, 8, 8)
-    plain = sample(load_model(folder / "T2V" / train.MODEL), text, None, latent, settings)
+    plain = sample(load_model(folder / "T2V" / train.WEIGHTS), text, None, latent, settings)
     model = train.begin(name, folder)
     asked = task.conditions(given, encoders)
     begun = sample(model, text, None, latent, settings, asked)

@@ -32,15 +32,12 @@ from ..training.examples import Example
 from ..training.loop import Settings
 from ..training.loop import train as run_loop
 from ..training.trainee import Trainee, whole
+from .perform import IMAGE, TEXT, VAE, WEIGHTS
 from .tasks import TASKS, Encoders, Task, samples, shapes, stacked
 
 LAYOUT = DiTLayout(dim=256, ffn_dim=512, layers=4, heads=2)
 VACE_LAYERS = 2
 DROPPED_CAPTIONS = 0.1  # what classifier-free guidance compares with
-TEXT = "models_t5_umt5-xxl-enc-bf16.safetensors"
-VAE = "Wan2.1_VAE.safetensors"
-IMAGE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors"
-MODEL = "diffusion_pytorch_model.safetensors"
 LOOKS = {"image_tokens": True, "image_features": 80}
 OWN_LAYERS = ("patch_embedding.*", "*.self_attn.*", "*.modulation", "*_img.*", "*norm_k_img*", "img_emb.*", "head.*")
 
@@ -154,7 +151,7 @@ def first_weights(name: str, out: Path) -> dict[str, Tensor]:
     trunk = DiT(replace(LAYOUT, **recipe.layout)).state_dict()
     if name == "T2V":
         return trunk
-    known = {name: weight.float() for name, weight in load_file(out / recipe.begins / MODEL).items()}
+    known = {name: weight.float() for name, weight in load_file(out / recipe.begins / WEIGHTS).items()}
     if "motion_controller" in recipe.parts:
         controller = MotionController(LAYOUT.frequency_dim, LAYOUT.dim)
         silence(controller.linear[-1])
@@ -201,14 +198,7 @@ def begin(name: str, out: Path) -> WanModel:
     start.parent.mkdir(parents=True, exist_ok=True)
     if not start.exists():
         save_file({name: weight.half().contiguous() for name, weight in first_weights(name, out).items()}, start)
-    return load_model(start) if name != "Speed" else add_module(load_model(out / "T2V" / MODEL), start)
-
-
-def trained(task: str, out: Path) -> WanModel:
-    """The model for a task, of those that were trained into this folder."""
-    name = next(name for name, recipe in RECIPES.items() if task in recipe.tasks)
-    file = out / name / MODEL
-    return load_model(file) if "dit" in RECIPES[name].parts else add_module(load_model(out / "T2V" / MODEL), file)
+    return load_model(start) if name != "Speed" else add_module(load_model(out / "T2V" / WEIGHTS), start)
 
 
 def learner(name: str, out: Path) -> Trainee:
@@ -254,8 +244,8 @@ def train(
     run_loop(trainee, examples, settings, folder, on_step)
     for file in (f"step-{recipe.steps}.safetensors", "epoch-0.safetensors"):
         if (folder / file).exists():
-            shutil.copy(folder / file, folder / MODEL)
-    return folder / MODEL
+            shutil.copy(folder / file, folder / WEIGHTS)
+    return folder / WEIGHTS
 
 
 def main() -> None:
