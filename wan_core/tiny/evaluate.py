@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..loading.download import BUNDLED
 from ..loading.load import load_model
@@ -26,7 +25,7 @@ from ..sampling.easycache import EasyCache
 from ..sampling.teacache import TeaCache
 from . import measure, world
 from .distil import NAME, STUDENT
-from .perform import MODELS, WEIGHTS, Studio, to_frames
+from .perform import MODELS, WEIGHTS, Studio, pixels, to_frames
 from .table import Row, origin, sheet, table, write_section
 from .tasks import TASKS, Sample, fact_scores, samples
 
@@ -137,11 +136,6 @@ def reconstruction(vae: WanVAE, count: int, frames: int) -> float:
     clips = [world.render(scene, frames) for scene in scenes]
     seen = [to_frames(vae.decode(vae.encode(pixels(clip))))[0] for clip in clips]
     return measure.psnr(np.stack(seen), np.stack(clips))
-
-
-def pixels(clip: np.ndarray) -> Tensor:
-    """(F, H, W, 3) in 0..1 -> (1, 3, F, H, W) in -1..1."""
-    return torch.from_numpy(clip).movedim(-1, 0)[None] * 2 - 1
 
 
 # ---------------------------------------------------------------- what options do

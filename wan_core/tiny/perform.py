@@ -108,6 +108,11 @@ def trained(task: str, folder: Path) -> WanModel:
     return add_module(load_model(folder / "T2V" / WEIGHTS), file) if task in BESIDE_T2V else load_model(file)
 
 
+def pixels(clip: np.ndarray) -> Tensor:
+    """(F, H, W, 3) in 0..1 -> (1, 3, F, H, W) in -1..1."""
+    return torch.from_numpy(clip).movedim(-1, 0)[None] * 2 - 1
+
+
 def to_frames(pixels: Tensor) -> np.ndarray:
     """(b, 3, F, H, W) in -1..1 -> (b, F, H, W, 3) in 0..1."""
     return (pixels.float().movedim(1, -1) / 2 + 0.5).clamp(0, 1).numpy()

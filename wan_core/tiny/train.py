@@ -32,7 +32,7 @@ from ..training.examples import Example
 from ..training.loop import Settings
 from ..training.loop import train as run_loop
 from ..training.trainee import Trainee, whole
-from .perform import IMAGE, TEXT, VAE, WEIGHTS
+from .perform import IMAGE, TEXT, VAE, WEIGHTS, pixels
 from .tasks import TASKS, Encoders, Task, samples, shapes, stacked
 
 LAYOUT = DiTLayout(dim=256, ffn_dim=512, layers=4, heads=2)
@@ -125,8 +125,7 @@ class Row:
 def encoded(task: Task, count: int, encoders: Encoders) -> list[Row]:
     rows = []
     for sample in samples(task, count, seed=7, held_out=False):
-        pixels = torch.from_numpy(sample.clip).movedim(-1, 0)[None] * 2 - 1
-        latents = normalised(encoders.vae.encode(pixels))
+        latents = normalised(encoders.vae.encode(pixels(sample.clip)))
         rows.append(Row(latents, sample.captions, task.conditions(sample, encoders)))
         if len(rows) % 500 == 0:
             print(f"{task.name}: {len(rows)} of {count} clips are encoded", flush=True)
