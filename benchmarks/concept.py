@@ -1,9 +1,10 @@
 """Teach WanTiny a colour it never saw, and measure what it then shows: `python benchmarks/concept.py --out FOLDER`.
 
-Draws a folder of clips with captions, as a user would bring them: a few of a pink shape, as many of the colours that
-WanTiny knows, so that it keeps them. A LoRA is trained on it. Videos of captions that were not in the folder are made
-with and without the LoRA and read by plain code: how many show a pink shape where one is asked for, and what became of
-everything else.
+For each task a data set is written as a user would bring it: clips, what lies beside them (outlines, masks, pictures,
+a camera's turn, a speed) and a table. Half of it shows a pink shape, half the colours that WanTiny knows, so that it
+keeps them. A LoRA is trained on it. Then videos of what was not in the data set are made with and without the LoRA, and
+plain code reads from them, by the task's own measures, how well pink ones are done, and what became of the others.
+Writes results/concept.json and .md; a task that is in FOLDER already is not trained again.
 """
 
 from __future__ import annotations
@@ -11,96 +12,207 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from comfyui_wanflow.example_workflows import pink
-from comfyui_wanflow.example_workflows.pink import CONCEPT, FRAMES, RGB, SIZE, concept_facts
+from comfyui_wanflow.example_workflows.pink import CONCEPT, FRAMES, SIZE, Facts, concept_facts
 from comfyui_wanflow.wan_core.loading.lora_files import load_lora
-from comfyui_wanflow.wan_core.tiny import measure, world
-from comfyui_wanflow.wan_core.tiny.perform import Studio
-from comfyui_wanflow.wan_core.tiny.tasks import TASKS, Sample, fact_scores, samples, wordings
+from comfyui_wanflow.wan_core.tiny import world
+from comfyui_wanflow.wan_core.tiny.perform import MODELS, Studio
+from comfyui_wanflow.wan_core.tiny.table import told
+from comfyui_wanflow.wan_core.tiny.tasks import TASKS, Sample, Task, outlines
 from comfyui_wanflow.wan_core.training.cache import Cache
 from comfyui_wanflow.wan_core.training.dataset import list_items
-from comfyui_wanflow.wan_core.training.examples import Encoders, prepare
+from comfyui_wanflow.wan_core.training.examples import Encoders, Examples, prepare
 from comfyui_wanflow.wan_core.training.framing import Framing
+from comfyui_wanflow.wan_core.training.inputs import columns
 from comfyui_wanflow.wan_core.training.loop import Settings, train
 from comfyui_wanflow.wan_core.training.trainee import new_lora
 from comfyui_wanflow.wan_core.video import save_video
+from measure import HERE, git, processor
+from PIL import Image
+
+Columns = dict[str, Any]  # of a row beside its clip and caption; frames (F, H, W, 3) in 0..1 become files
+TABLE = "metadata.json"
 
 
-def write_clips(folder: Path, count: int) -> None:
-    """The clips as a user brings them, each with its caption beside it."""
+def vace_columns(sample: Sample) -> Columns:
+    kind, mask, picture = sample.given
+    mask = np.repeat(mask[..., None], 3, axis=-1)
+    if kind == "reference":
+        return {"vace_reference_image": picture}
+    if kind == "outlines":
+        return {"vace_video": outlines(sample.clip), "vace_reference_image": picture}
+    return {"vace_video": np.where(mask > 0, np.float32(0.5), sample.clip), "vace_video_mask": mask}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How a task is taught: what is taken from the clip itself, what lies beside it, and which part gets the LoRA."""
+
+    from_clip: tuple[str, ...] = ()
+    beside: Callable[[Sample], Columns] = lambda sample: {}
+    part: str = "dit"
+
+
+LESSONS = {
+    "T2V": Lesson(),
+    "I2V": Lesson(("input_image",)),
+    "FLF2V": Lesson(("input_image", "end_image")),
+    "Control": Lesson(beside=lambda sample: {"control_video": outlines(sample.clip)}),
+    "Control-Reference": Lesson(
+        beside=lambda sample: {"control_video": outlines(sample.clip), "reference_image": sample.given}
+    ),
+    "Control-Camera": Lesson(
+        ("input_image",),
+        lambda sample: dict(zip(("camera_control_direction", "camera_control_speed"), sample.given, strict=True)),
+    ),
+    "VACE": Lesson(beside=vace_columns, part="vace"),
+    "Speed": Lesson(beside=lambda sample: {"motion_bucket_id": sample.given}),
+}
+
+
+def of_one_length(name: str) -> Task:
+    """The task that draws the samples: clips of T2V's own are of two lengths."""
+    return TASKS["I2V" if name == "T2V" else name]
+
+
+def drawn(name: str, facts: Sequence[Facts], count: int, seed: int) -> list[Sample]:
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(facts))
+    return [of_one_length(name).sample(generator, facts[order[n % len(facts)]]) for n in range(count)]
+
+
+def known_facts(held_out: bool) -> list[Facts]:
+    return [facts for facts in world.all_facts() if world.is_held_out(facts) == held_out]
+
+
+# ---------------------------------------------------------------- the data set
+
+
+def write_data(folder: Path, name: str, samples: Sequence[Sample]) -> None:
+    """Clips, what lies beside them, and the table."""
     folder.mkdir(parents=True)
-    for name, frames, caption in pink.clips(count):
-        save_video(torch.from_numpy(frames), folder / name, quality=10)
-        (folder / name).with_suffix(".txt").write_text(caption)
+    rows = []
+    for number, sample in enumerate(samples):
+        given = {"video": sample.clip} | LESSONS[name].beside(sample)
+        row = {key: written(value, folder / f"{number:03}_{key}") for key, value in given.items()}
+        rows.append(row | {"prompt": sample.captions[0]})
+    (folder / TABLE).write_text(json.dumps(rows, indent=1))
 
 
-def shown_color(video: np.ndarray) -> str:
-    """The colour of the shape, among all colours and the new one."""
-    palette = {**world.COLORS, CONCEPT: RGB}
-    mask = measure.shape_mask(video)
-    inner = mask & np.roll(mask, 1, 1) & np.roll(mask, -1, 1) & np.roll(mask, 1, 2) & np.roll(mask, -1, 2)
-    chosen = inner if inner.any() else mask
-    if not chosen.any():
-        return "none"
-    color = np.median(video[chosen], axis=0) * 255
-    return min(palette, key=lambda name: np.square(color - palette[name]).sum())
+def written(value: Any, path: Path) -> Any:
+    """What stands in the table for a value: frames are saved, and named."""
+    if not isinstance(value, np.ndarray):
+        return value
+    file = path.with_suffix(".mp4" if len(value) > 1 else ".png")
+    if len(value) > 1:
+        save_video(torch.from_numpy(value), file, quality=10)
+    else:
+        Image.fromarray((value[0] * 255).round().astype(np.uint8)).save(file)
+    return file.name
 
 
-def measured(studio: Studio, count: int) -> dict[str, float]:
-    """Shares of `count` captions of each kind that were shown right."""
-    generator = np.random.default_rng(1)
-    unseen = concept_facts()[1]
-    scenes = [world.random_scene(generator, unseen[index]) for index in generator.permutation(len(unseen))[:count]]
-    asked = [Sample(scene, wordings(scene), pink.render(scene)) for scene in scenes]
-    videos = studio.perform(TASKS["T2V"], asked)
-    found = {CONCEPT: float(np.mean([shown_color(video) == CONCEPT for video in videos]))}
-    found |= {f"{CONCEPT}: {name}": share for name, share in fact_scores(videos, asked, skip=("color",)).items()}
-    known = samples(TASKS["I2V"], count, seed=1, held_out=True)
-    others = fact_scores(studio.perform(TASKS["T2V"], known), known)
-    return found | {f"others: {name}": share for name, share in others.items()}
+def examples_of(folder: Path, name: str, studio: Studio) -> Examples:
+    """The data set, listed and encoded as for any training."""
+    given = {key for row in json.loads((folder / "data" / TABLE).read_text()) for key in row} - {"video", "prompt"}
+    inputs = sorted({*LESSONS[name].from_clip, *given})
+    items, problems = list_items(folder / "data", folder / "data" / TABLE, ("video",), columns(inputs))
+    encoders = Encoders(studio.encoders.vae, studio.text_encoder, studio.encoders.image_encoder)
+    examples, notes = prepare(items, Framing(FRAMES, SIZE, SIZE), encoders, Cache(folder / "cache"), inputs)
+    for sentence in (*problems, *notes):
+        print(sentence, flush=True)
+    return examples
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="a folder for clips, checkpoints and results.json")
-    parser.add_argument("--clips", type=int, default=24, help="of the new colour, and as many others")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--count", type=int, default=32, help="captions of each kind to make videos of")
-    options = parser.parse_args()
+# ---------------------------------------------------------------- what it teaches
 
-    studio = Studio.of("T2V")
-    if not (options.out / "clips").exists():
-        write_clips(options.out / "clips", options.clips)
-    items, _ = list_items(options.out / "clips")
-    framing, encoders = Framing(FRAMES, SIZE, SIZE), Encoders(studio.encoders.vae, studio.text_encoder)
-    examples, _ = prepare(items, framing, encoders, Cache(options.out / "cache"))
+
+def taught(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a task's LoRA, or find it trained; what the videos show without and with it."""
+    folder, studio = options.out / name, Studio.of(name)
+    if (folder / "results.json").exists():
+        return json.loads((folder / "results.json").read_text())
+    if not (folder / "data" / TABLE).exists():
+        pink, known = concept_facts()[0], known_facts(held_out=False)
+        write_data(folder / "data", name, [s for facts in (pink, known) for s in drawn(name, facts, options.clips, 0)])
+    examples = examples_of(folder, name, studio)
     settings = Settings(
-        learning_rate=options.rate, num_epochs=options.epochs, batch_size=options.batch, shift=3.0, warmup_steps=10
+        learning_rate=options.rate,
+        lr_scheduler="cosine",
+        warmup_steps=10,
+        num_epochs=options.epochs,
+        batch_size=options.batch,
+        shift=3.0,
+        save_steps=100,
     )
     begin = time.monotonic()
-    losses = train(new_lora(studio.model, options.rank), examples, settings, options.out / "training", say_step)
+    trainee = new_lora(studio.model, options.rank, parts=(LESSONS[name].part,))
+    losses = train(trainee, examples, settings, folder / "training", say_step)
     seconds = time.monotonic() - begin
-    lora = load_lora(options.out / "training" / f"epoch-{options.epochs - 1}.safetensors")
-    before = measured(studio, options.count)
-    after = measured(replace(studio, model=studio.model.with_lora(lora)), options.count)
-    results = {"steps": len(losses), "seconds": round(seconds, 1), "before": before, "after": after}
-    (options.out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"{len(losses)} steps, {seconds:.0f} s")
-    for name in before:
-        print(f"{name:20} {before[name]:7.1%} -> {after[name]:.1%}")
+    lora = load_lora(folder / "training" / f"epoch-{options.epochs - 1}.safetensors")
+    found: dict[str, Any] = {"steps": len(losses), "seconds": round(seconds), "part": LESSONS[name].part}
+    for what, model in (("before", studio.model), ("after", studio.model.with_lora(lora))):
+        found[what] = measured(name, replace(studio, model=model), options.count)
+    (folder / "results.json").write_text(json.dumps(found, indent=1))
+    return found
+
+
+def measured(name: str, studio: Studio, count: int) -> dict[str, dict[str, float]]:
+    """The task's scores, of pink shapes that were not in the data set, and of others that no training showed."""
+    scores = {}
+    for what, facts in ((CONCEPT, concept_facts()[1]), ("others", known_facts(held_out=True))):
+        asked = drawn(name, facts, count, 1)
+        scores[what] = TASKS[name].scores(studio.perform(of_one_length(name), asked), asked)
+    return scores
 
 
 def say_step(done: int, total: int, loss: float) -> None:
     if done % 20 == 0 or done == total:
         print(f"step {done}/{total}  loss {loss:.4f}", flush=True)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def markdown(facts: Mapping[str, Any], found: Mapping[str, Mapping]) -> str:
+    lines = [", ".join(f"{name} {value}" for name, value in facts.items()) + ".", ""]
+    lines += [f"| model | LoRA on | steps | measure | {CONCEPT}, before | after | others, before | after |"]
+    lines += ["|---" * 8 + "|"]
+    for name, row in found.items():
+        shown = [row[when][what] for what in (CONCEPT, "others") for when in ("before", "after")]
+        for measure in row["before"][CONCEPT]:
+            cells = [told(measure, scores[measure]) if measure in scores else "" for scores in shown]
+            lead = [MODELS[name], row["part"], f"{row['steps']} in {row['seconds']} s"]
+            lines.append(f"| {' | '.join([*lead, measure.removesuffix(', dB'), *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(LESSONS)}; without any: all of them")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for data sets, caches and checkpoints")
+    parser.add_argument("--clips", type=int, default=48, help="of the new colour, and as many others")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--count", type=int, default=32, help="videos of each kind")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    found = {name: taught(name, options) for name in options.tasks or LESSONS}
+    facts = {"date": date.today().isoformat(), "commit": git("rev-parse", "--short", "HEAD"), "processor": processor(),
+             "torch": torch.__version__, "clips": 2 * options.clips, "rank": options.rank,
+             "videos of each kind": options.count}  # fmt: skip
+    text = markdown(facts, found)
+    print(text)
+    (options.results / "concept.json").write_text(json.dumps({"facts": facts, "rows": found}, indent=1) + "\n")
+    (options.results / "concept.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ import csv
 import io
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from ..wan_core.tiny import world
 
 FOLDER, TABLE = "toy_pink", "metadata.csv"
-CONCEPT, RGB = "pink", (245, 120, 185)
+CONCEPT = "pink"
 FRAMES, SIZE, COUNT = 17, 64, 12
 
 Facts = tuple[str, str, str, str]
@@ -31,16 +30,6 @@ def concept_facts() -> tuple[list[Facts], list[Facts]]:
     return trained, unseen
 
 
-def render(scene: world.Scene, frames: int = FRAMES) -> np.ndarray:
-    """As world.render, (frames, 64, 64, 3) in 0..1, in the new colour too."""
-    if scene.color != CONCEPT:
-        return world.render(scene, frames)
-    low, high = (world.COLORS[name][0] / 255 for name in ("black", "white"))
-    cover = (world.render(replace(scene, color="white", background="black"), frames) - low) / (high - low)
-    background = np.array(world.COLORS[scene.background], np.float32)
-    return (cover * np.array(RGB, np.float32) + (1 - cover) * background) / 255
-
-
 def clips(count: int = COUNT, seed: int = 0) -> Iterator[tuple[str, np.ndarray, str]]:
     """(name, frames, caption) of `count` clips of the new colour and as many of the old ones."""
     generator = np.random.default_rng(seed)
@@ -48,7 +37,7 @@ def clips(count: int = COUNT, seed: int = 0) -> Iterator[tuple[str, np.ndarray, 
     for name, facts in ((CONCEPT, concept_facts()[0]), ("known", known)):
         for number, index in enumerate(generator.permutation(len(facts))[:count]):
             scene = world.random_scene(generator, facts[index])
-            yield f"{name}_{number:02}.mp4", render(scene), scene.caption
+            yield f"{name}_{number:02}.mp4", world.render(scene, FRAMES), scene.caption
 
 
 def table(rows: Iterator[tuple[str, np.ndarray, str]]) -> str:

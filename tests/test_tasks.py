@@ -1,9 +1,11 @@
 """The toy tasks: what a sample shows is what its scores look for, and training sees what inference sees."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from comfyui_wanflow.wan_core.tiny import measure, world
-from comfyui_wanflow.wan_core.tiny.tasks import TASKS, outlines, samples, seen_drift
+from comfyui_wanflow.wan_core.tiny.tasks import TASKS, Sample, fact_scores, outlines, samples, seen_drift
 from comfyui_wanflow.wan_core.trajectory import trajectory
 
 
@@ -18,6 +20,14 @@ def test_the_clips_themselves_score_full_marks_and_others_do_not(name):
     if name != "T2V":  # whose clips have two lengths
         wrong = task.scores(others, given)
         assert all(wrong[what] < (20 if what.endswith("dB") else 0.9) for what in scores), wrong
+
+
+def test_what_a_sample_asks_for_is_looked_for_even_if_no_training_shows_it():
+    scenes = [world.Scene("pink", "star", "left", "blue"), world.Scene("red", "circle", "up", "white")]
+    given = [Sample(scene, (scene.caption,), world.render(scene)) for scene in scenes]
+    assert set(fact_scores([sample.clip for sample in given], given).values()) == {1.0}
+    red = replace(given[0], clip=world.render(replace(scenes[0], color="red", shape="circle")))
+    assert fact_scores([red.clip], given[:1]) == {"color": 0, "shape": 0, "direction": 1, "background": 1}
 
 
 @pytest.mark.parametrize("direction, way", [("Left", (1, 0)), ("RightUp", (-1, 1)), ("Down", (0, -1))])

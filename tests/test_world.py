@@ -54,6 +54,13 @@ def test_facts_are_read_back_from_pixels(frames):
         assert (reading.color, reading.shape, reading.direction, reading.background) == scene.words
 
 
+def test_what_no_training_shows_is_read_where_it_may_be():
+    clip = world.render(world.Scene("pink", "star", "left", "blue"), 9)
+    reading = measure.read(clip, (*world.COLORS, "pink"), (*world.SHAPES, "star"))
+    assert (reading.color, reading.shape, reading.direction, reading.background) == ("pink", "star", "left", "blue")
+    assert measure.read(clip).color in world.COLORS and measure.read(clip).shape in world.SHAPES
+
+
 def test_noise_does_not_fool_the_reading():
     generator = np.random.default_rng(5)
     for scene in scenes(10, seed=5):
@@ -75,7 +82,7 @@ def test_a_shape_with_a_bump_and_a_soft_corner_is_still_told(shape):
 
 
 def test_an_empty_picture_has_no_shape():
-    reading = measure.read(np.full((9, 64, 64, 3), measure.PALETTE[2], np.float32))
+    reading = measure.read(np.full((9, 64, 64, 3), np.array(world.COLORS["blue"]) / 255, np.float32))
     assert reading == measure.Reading(None, None, None, "blue")
 
 

@@ -5,14 +5,14 @@ All functions take frames as (frames, height, width, 3) float in 0..1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-from .world import COLORS, DIRECTIONS, SHAPES, coverage
+from .world import ALL_COLORS, COLORS, DIRECTIONS, SHAPES, coverage
 
-PALETTE = np.array(list(COLORS.values()), np.float32) / 255
 LEAST_PIXELS = 4  # of a shape, in a frame that shows it
 
 
@@ -26,13 +26,14 @@ class Reading:
     background: str
 
 
-def nearest_color(pixels: np.ndarray) -> np.ndarray:
-    """The palette index nearest to each pixel of (..., 3)."""
-    return np.square(pixels[..., None, :] - PALETTE).sum(-1).argmin(-1)
+def nearest_color(pixels: np.ndarray, colors: Sequence[str] = tuple(COLORS)) -> np.ndarray:
+    """The index of the color nearest to each pixel of (..., 3)."""
+    palette = np.array([ALL_COLORS[name] for name in colors], np.float32) / 255
+    return np.square(pixels[..., None, :] - palette).sum(-1).argmin(-1)
 
 
-def most_common(indices: np.ndarray) -> str:
-    return list(COLORS)[np.bincount(indices.ravel(), minlength=len(COLORS)).argmax()]
+def most_common(indices: np.ndarray, colors: Sequence[str]) -> str:
+    return colors[np.bincount(indices.ravel(), minlength=len(colors)).argmax()]
 
 
 def shape_mask(frames: np.ndarray) -> np.ndarray:
@@ -79,13 +80,13 @@ def read_direction(frames: np.ndarray, least: float = 0.08) -> str | None:
     return max(DIRECTIONS, key=lambda name: float(np.dot(moved, DIRECTIONS[name])))
 
 
-def read_shape(frames: np.ndarray) -> str | None:
-    """The shape of the world that the mask overlaps most, if drawn at the mask's centre and as large: by the
+def read_shape(frames: np.ndarray, shapes: Sequence[str] = SHAPES) -> str | None:
+    """The one of these shapes that the mask overlaps most, if drawn at the mask's centre and as large: by the
     intersection over union, in the mean of all frames. None where there is no shape."""
     masks = [mask for mask in shape_mask(frames) if mask.sum() >= LEAST_PIXELS]
     if not masks:
         return None
-    return max(SHAPES, key=lambda shape: sum(overlap(mask, drawn_alike(mask, shape)) for mask in masks))
+    return max(shapes, key=lambda shape: sum(overlap(mask, drawn_alike(mask, shape)) for mask in masks))
 
 
 def drawn_alike(mask: np.ndarray, shape: str) -> np.ndarray:
@@ -111,16 +112,16 @@ def overlap(first: np.ndarray, second: np.ndarray) -> float:
     return float((first & second).sum() / union) if union else 1.0
 
 
-def read(frames: np.ndarray) -> Reading:
-    """Everything at once."""
+def read(frames: np.ndarray, colors: Sequence[str] = tuple(COLORS), shapes: Sequence[str] = SHAPES) -> Reading:
+    """Everything at once; a colour and a shape are the nearest of these."""
     mask = shape_mask(frames)
-    indices = nearest_color(frames)
-    background = most_common(indices[~mask]) if (~mask).any() else most_common(indices)
+    indices = nearest_color(frames, colors)
+    background = most_common(indices[~mask] if (~mask).any() else indices, colors)
     if mask.sum() < LEAST_PIXELS * len(frames):
         return Reading(None, None, None, background)
     inner = mask & np.roll(mask, 1, 1) & np.roll(mask, -1, 1) & np.roll(mask, 1, 2) & np.roll(mask, -1, 2)
-    color = most_common(indices[inner if inner.any() else mask])  # edges are mixed colours
-    return Reading(color, read_shape(frames), read_direction(frames), background)
+    color = most_common(indices[inner if inner.any() else mask], colors)  # edges are mixed colours
+    return Reading(color, read_shape(frames, shapes), read_direction(frames), background)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

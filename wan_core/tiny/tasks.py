@@ -38,7 +38,7 @@ SAME_SHAPE = 0.7  # intersection over union from which on two masks show the sam
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """`given` is what a task's conditions are made of beside the clip: a mask, a picture, a trajectory, a number."""
+    """`given` is what a task's conditions are made of beside the clip: a mask, a picture, a camera's turn, a number."""
 
     scene: world.Scene
     captions: tuple[str, ...]  # the plain one, then other wordings
@@ -165,17 +165,16 @@ class Camera(Task):
     directions = PRESETS[:8]
 
     def sample(self, generator, facts):
-        direction = self.directions[generator.integers(len(self.directions))]
-        path = trajectory(direction, generator.uniform(0.011, 0.022), FRAMES)
-        drift = seen_drift(path.poses)
+        turn = self.directions[generator.integers(len(self.directions))], generator.uniform(0.011, 0.022)
+        drift = seen_drift(trajectory(*turn, FRAMES).poses)
         scene = world.random_scene(generator, facts)
         x, y = (generator.uniform(low, 1 - low) for low in scene.radius + np.abs(drift) / 2 + 0.02)
         scene = replace(scene, travel=0.0, drift=tuple(drift), x=x, y=y)
-        return Sample(scene, wordings(scene), world.render(scene, FRAMES), path)
+        return Sample(scene, wordings(scene), world.render(scene, FRAMES), turn)
 
     def conditions(self, sample, encoders):
         start = image_condition(picture(sample.clip[0]), None, SIZE, encoders.vae.encode, encoders.look)
-        return start, CameraCondition(sample.given)
+        return start, CameraCondition(trajectory(*sample.given, FRAMES))
 
     def scores(self, videos, samples):
         right = [
@@ -294,8 +293,14 @@ def decibel(videos: Sequence[np.ndarray], samples: Sequence[Sample], frame: int)
 
 
 def fact_scores(videos: Sequence[np.ndarray], samples: Sequence[Sample], skip: Sequence[str] = ()) -> dict[str, float]:
-    """The share of videos that show each fact of the scene, whether caption or condition told it."""
-    pairs = [(measure.read(video), facts_of(sample.scene)) for video, sample in zip(videos, samples, strict=True)]
+    """The share of videos that show each fact of the scene, whether caption or condition told it.
+
+    They may show the colours and shapes of the training, and those that some of the samples ask for.
+    """
+    asked = [facts_of(sample.scene) for sample in samples]
+    colors = (*world.COLORS, *(name for name in world.OTHER_COLORS if any(facts["color"] == name for facts in asked)))
+    kinds = (*world.SHAPES, *(name for name in world.OTHER_SHAPES if any(facts["shape"] == name for facts in asked)))
+    pairs = [(measure.read(video, colors, kinds), facts) for video, facts in zip(videos, asked, strict=True)]
     return {
         name: float(np.mean([getattr(reading, name) == facts[name] for reading, facts in pairs]))
         for name in FACTS
