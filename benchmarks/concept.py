@@ -25,7 +25,7 @@ from comfyui_wanflow.wan_core.loading.lora_files import load_lora
 from comfyui_wanflow.wan_core.tiny import world
 from comfyui_wanflow.wan_core.tiny.perform import MODELS, Studio
 from comfyui_wanflow.wan_core.tiny.table import told
-from comfyui_wanflow.wan_core.tiny.tasks import TASKS, Sample, Task, outlines
+from comfyui_wanflow.wan_core.tiny.tasks import TASKS, Sample, outlines
 from comfyui_wanflow.wan_core.training.cache import Cache
 from comfyui_wanflow.wan_core.training.dataset import list_items
 from comfyui_wanflow.wan_core.training.examples import Encoders, Examples, prepare
@@ -77,15 +77,11 @@ LESSONS = {
 }
 
 
-def of_one_length(name: str) -> Task:
-    """The task that draws the samples: clips of T2V's own are of two lengths."""
-    return TASKS["I2V" if name == "T2V" else name]
-
-
 def drawn(name: str, facts: Sequence[Facts], count: int, seed: int) -> list[Sample]:
+    task = TASKS["I2V" if name == "T2V" else name]  # whose own clips are of two lengths
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(facts))
-    return [of_one_length(name).sample(generator, facts[order[n % len(facts)]]) for n in range(count)]
+    return [task.sample(generator, facts[order[n % len(facts)]]) for n in range(count)]
 
 
 def known_facts(held_out: bool) -> list[Facts]:
@@ -168,7 +164,7 @@ def measured(name: str, studio: Studio, count: int) -> dict[str, dict[str, float
     scores = {}
     for what, facts in ((CONCEPT, concept_facts()[1]), ("others", known_facts(held_out=True))):
         asked = drawn(name, facts, count, 1)
-        scores[what] = TASKS[name].scores(studio.perform(of_one_length(name), asked), asked)
+        scores[what] = TASKS[name].scores(studio.perform(TASKS[name], asked), asked)
     return scores
 
 

@@ -45,7 +45,12 @@ class Method:
 
 
 TRIED = (
-    Method("EasyCache", EasyCache, (0.11, 0.13, 0.15, 0.2, 0.3, 0.45, 0.7, 1.2, 2.5, 5.0), ours=True),
+    Method(
+        "EasyCache",
+        lambda threshold: EasyCache(threshold, start=0.1),
+        (0.11, 0.13, 0.15, 0.2, 0.3, 0.45, 0.7, 0.9, 1.5, 2.0, 3.0),
+        ours=True,
+    ),
     Method(
         "MagCache, measured",
         lambda threshold: MagCache(threshold, LONGEST_ROW, "measured"),

@@ -1,12 +1,14 @@
 """The VAE: equal to diffusers and to recorded runs of the reference, in groups as a whole, in tiles, in any batch."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from comfyui_wanflow.wan_core.errors import InputError, ModelError
 from comfyui_wanflow.wan_core.loading.keymaps import published_names
+from comfyui_wanflow.wan_core.loading.load import load_vae
 from comfyui_wanflow.wan_core.models import winograd
 from comfyui_wanflow.wan_core.models.tiling import spans, tiles
 from comfyui_wanflow.wan_core.models.vae import LATENT_MEAN, LATENT_STD, Memory, VideoVAE, frame_groups
@@ -222,6 +224,15 @@ def test_narrow_weights_compute_in_the_type_of_the_input(vae, golden):
     pixels = golden["in.video"]
     assert torch.equal(narrow.encode(pixels), vae.encode(pixels))
     assert narrow.decode(golden["out.latent"].bfloat16()).dtype == torch.float32
+
+
+def test_sixteen_bits_are_for_decoding_alone():
+    exact = load_vae("WanTiny-T2V")
+    narrow, pixels = replace(exact, compute_dtype=torch.bfloat16), torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    latents = exact.encode(pixels)
+    assert torch.equal(narrow.encode(pixels), latents)
+    assert narrow.encoding_room((32, 32)) == exact.encoding_room((32, 32))
+    assert not torch.equal(narrow.decode(latents), exact.decode(latents))
 
 
 def test_gradients_flow_through_the_whole_pass(golden):

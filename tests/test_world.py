@@ -1,8 +1,11 @@
 """The toy world and the code that reads it back."""
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 from comfyui_wanflow.wan_core.tiny import measure, world
+from comfyui_wanflow.wan_core.tiny.drift import Drift, drift
 from comfyui_wanflow.wan_core.tiny.train_text import TEMPLATES, captions
 
 
@@ -98,3 +101,20 @@ def test_displacement_is_the_travel():
 
 def test_psnr():
     assert measure.psnr(np.zeros(4), np.full(4, 0.1)) == pytest.approx(20)
+
+
+def test_drift_is_what_changes_after_the_first_part():
+    scene = world.Scene("red", "circle", "left", "blue", travel=0.0)
+    steady = np.concatenate([world.render(scene, 16)] * 3)
+    assert drift(steady) == Drift(0.0, 0.0, 0.0, 0.0)
+    for name, value in (("color", "orange"), ("background", "purple"), ("radius", 0.24)):
+        strayed = steady.copy()
+        strayed[16:32] = world.render(replace(scene, **{name: value}), 16)  # and back
+        found = {key: value > 0.05 for key, value in asdict(drift(strayed)).items()}
+        assert found == {"color": name == "color", "background": name == "background", "size": name == "radius",
+                         "jump": True}  # fmt: skip
+    gone = steady.copy()
+    gone[32:] = gone[0, 0, 0]
+    assert drift(gone).size == pytest.approx(1, abs=0.01)
+    with pytest.raises(ValueError, match="16 frames"):
+        drift(steady[:16])

@@ -299,7 +299,10 @@ class WanImageEncoder(Engine):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WanVAE(Engine):
-    """Between pixels and raw latents (not normalised). Results are fp32 on the input's device."""
+    """Between pixels and raw latents (not normalised). Results are fp32 on the input's device.
+
+    Encoding is computed in fp32 on cards too: what it rounds off, every step of the sampling would be given.
+    """
 
     module: VideoCoder
 
@@ -314,7 +317,7 @@ class WanVAE(Engine):
 
     def encoding_room(self, picture: Size, single: bool = False) -> int:
         """Bytes that encoding needs beside the weights."""
-        return encoding_room(self.module.width, picture, self.compute_dtype, single, self.tiny)
+        return encoding_room(self.module.width, picture, torch.float32, single, self.tiny)
 
     def attached(self, device: torch.device | str | None = None) -> AbstractContextManager[VideoCoder]:
         """As for every engine, but always with all weights on the device: they are few, and convolutions reuse them."""
@@ -330,7 +333,7 @@ class WanVAE(Engine):
 
         What is not tiled is all the same where it would not fit, and tiles become smaller where memory runs out.
         """
-        pixels = pixels.to(self.compute_dtype)
+        pixels = pixels.float()
         sizes = ladder((pixels.shape[3] // SPATIAL_STRIDE, pixels.shape[4] // SPATIAL_STRIDE), **tiling)
 
         def encode() -> Tensor:
