@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_wanflow.wan_core.tiny.perform import Studio
+from comfyui_wanflow.wan_core.tiny.tasks import TASKS
+from comfyui_wanflow.wan_core.trajectory import Trajectory
 from safetensors.torch import load_file
 
 FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "measure.py"
@@ -107,6 +110,31 @@ def test_a_row_is_measured_and_told(suite, monkeypatch, tmp_path, row):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert workloads[0].name in text and "commit abc" in text
     assert ET.parse(tmp_path / "docs" / "speed_cpu_time.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("name", ["FLF2V", "Control-Reference", "Control-Camera", "VACE", "Speed"])
+def test_a_data_set_brings_what_its_task_is_given(suite, tmp_path, name):
+    """Files and a table become the task's own conditions, but for what the files lose."""
+    concept, studio = suite("concept"), Studio.of(name)
+    given = concept.drawn(name, concept.concept_facts()[0], 4, 0)
+    concept.write_data(tmp_path / "data", name, given)
+    examples = concept.examples_of(tmp_path, name, studio)
+    assert len(examples) == len(given)
+    for example, sample in zip(map(examples.__getitem__, range(4)), given, strict=True):
+        wanted = {type(one): one for one in TASKS[name].conditions(sample, studio.encoders)}
+        assert {type(one) for one in example.conditions} == wanted.keys()
+        for found in example.conditions:
+            for key, value in vars(found).items():
+                alike(value, vars(wanted[type(found)])[key])
+
+
+def alike(found, wanted):
+    if isinstance(wanted, torch.Tensor):
+        assert found.shape == wanted.shape and (found - wanted).norm() <= 0.4 * wanted.norm()
+    elif isinstance(wanted, Trajectory):
+        assert torch.equal(found.poses, wanted.poses)
+    else:
+        assert found == wanted
 
 
 def test_the_fastest_other_library_counts(measure):
