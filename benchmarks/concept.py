@@ -1,8 +1,8 @@
 """Teach WanTiny a colour it never saw, and measure what it then shows: `python benchmarks/concept.py --out FOLDER`.
 
 For each task a data set is written as a user would bring it: clips, what lies beside them (outlines, masks, pictures,
-a camera's turn, a speed) and a table. Half of it shows a pink shape, half the colours that WanTiny knows, so that it
-keeps them. A LoRA is trained on it. Then videos of what was not in the data set are made with and without the LoRA, and
+a camera's turn, a speed) and a table. Some clips show a pink shape, some the colours that WanTiny knows, so that it
+keeps them. A LoRA is trained on all. Then videos of what was not in the data set are made with and without it, and
 plain code reads from them, by the task's own measures, how well pink ones are done, and what became of the others.
 Writes results/concept.json and .md; a task that is in FOLDER already is not trained again.
 """
@@ -135,8 +135,9 @@ def taught(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if (folder / "results.json").exists():
         return json.loads((folder / "results.json").read_text())
     if not (folder / "data" / TABLE).exists():
-        pink, known = concept_facts()[0], known_facts(held_out=False)
-        write_data(folder / "data", name, [s for facts in (pink, known) for s in drawn(name, facts, options.clips, 0)])
+        pink = drawn(name, concept_facts()[0], options.clips, 0)
+        known = drawn(name, known_facts(held_out=False), options.known or options.clips, 0)
+        write_data(folder / "data", name, [*pink, *known])
     examples = examples_of(folder, name, studio)
     settings = Settings(
         learning_rate=options.rate,
@@ -152,7 +153,8 @@ def taught(name: str, options: argparse.Namespace) -> dict[str, Any]:
     losses = train(trainee, examples, settings, folder / "training", say_step)
     seconds = time.monotonic() - begin
     lora = load_lora(folder / "training" / f"epoch-{options.epochs - 1}.safetensors")
-    found: dict[str, Any] = {"steps": len(losses), "seconds": round(seconds), "part": LESSONS[name].part}
+    found: dict[str, Any] = {"clips": f"{options.clips} + {options.known or options.clips}", "steps": len(losses),
+                             "seconds": round(seconds), "part": LESSONS[name].part}  # fmt: skip
     for what, model in (("before", studio.model), ("after", studio.model.with_lora(lora))):
         found[what] = measured(name, replace(studio, model=model), options.count)
     (folder / "results.json").write_text(json.dumps(found, indent=1))
@@ -178,13 +180,13 @@ def say_step(done: int, total: int, loss: float) -> None:
 
 def markdown(facts: Mapping[str, Any], found: Mapping[str, Mapping]) -> str:
     lines = [", ".join(f"{name} {value}" for name, value in facts.items()) + ".", ""]
-    lines += [f"| model | LoRA on | steps | measure | {CONCEPT}, before | after | others, before | after |"]
-    lines += ["|---" * 8 + "|"]
+    lines += [f"| model | LoRA on | clips | steps | measure | {CONCEPT}, before | after | others, before | after |"]
+    lines += ["|---" * 9 + "|"]
     for name, row in found.items():
         shown = [row[when][what] for what in (CONCEPT, "others") for when in ("before", "after")]
         for measure in row["before"][CONCEPT]:
             cells = [told(measure, scores[measure]) if measure in scores else "" for scores in shown]
-            lead = [MODELS[name], row["part"], f"{row['steps']} in {row['seconds']} s"]
+            lead = [MODELS[name], row["part"], row["clips"], f"{row['steps']} in {row['seconds']} s"]
             lines.append(f"| {' | '.join([*lead, measure.removesuffix(', dB'), *cells])} |")
     return "\n".join(lines) + "\n"
 
@@ -193,7 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", help=f"of {', '.join(LESSONS)}; without any: all of them")
     parser.add_argument("--out", type=Path, required=True, help="a folder for data sets, caches and checkpoints")
-    parser.add_argument("--clips", type=int, default=96, help="of the new colour, and as many others")
+    parser.add_argument("--clips", type=int, default=96, help="of the new colour")
+    parser.add_argument("--known", type=int, help="of the others (as many)")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=7e-4)
@@ -203,7 +206,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {name: taught(name, options) for name in options.tasks or LESSONS}
     facts = {"date": date.today().isoformat(), "commit": git("rev-parse", "--short", "HEAD"), "processor": processor(),
-             "torch": torch.__version__, "clips": 2 * options.clips, "rank": options.rank,
+             "torch": torch.__version__, "rank": options.rank,
              "videos of each kind": options.count}  # fmt: skip
     text = markdown(facts, found)
     print(text)

@@ -76,7 +76,7 @@ def test_skips_while_the_budget_lasts(threshold):
     assert not any(skipping.skipped[:4]) and not skipping.skipped[-1]
     assert any(skipping.skipped) == (threshold > 0.02)
     older = last = 0
-    for i, skip in enumerate(skipping.skipped):  # what stands for a step goes on half as far as the last two did, then stays
+    for i, skip in enumerate(skipping.skipped):  # half as far as the last two went, then it stays
         older, last = (last, i) if not skip else (older, last)
         slope = (answers[last] - answers[older]) / (times[last] - times[older]) if last else 0.0
         way = max(times[i] - times[last], times[last] - times[older])
